@@ -1,0 +1,71 @@
+"""Writes constraints.txt: `python .ci/lock.py python3.11 python3.12` (or `make lock`).
+
+Resolves the core, `convert` and `dev` requirements of pyproject.toml with pip under Python 3.11,
+and the core and `dev` ones under a newer Python. A package that both resolve to one version gets
+one line, one that differs gets a line for each Python. torch and what it needs are resolved under
+3.11 only, and pinned for both: on Linux an installation of torch may bring several GB of CUDA,
+which torch itself pins to the last digit.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Chosen by hand: torchvision's release goes with torch's, and the parity tests are written
+# against these releases of Meta's packages.
+FIXED = {"torch": "2.13.0", "torchvision": "0.28.0", "segment-anything": "1.0", "sam2": "1.1.0"}
+# What sam2 needs beside torch; resolved by name because building sam2's metadata needs torch.
+SAM2_NEEDS = ["hydra-core>=1.3.2", "iopath>=0.1.10"]
+
+HEADER = """\
+# One version of every package, so that the install is the same everywhere. Written by `make lock`.
+# pip install -c constraints.txt ".[convert,dev]"
+# Python 3.11 gets the last jax and flax that run on it, newer Pythons the newest.
+# Resolved on Linux: packages that only other systems need, and those of the cuda extras, are free.
+"""
+
+
+def resolve(python: str, requirements: list[str]) -> dict[str, str]:
+    """The version of each package, by normalised name, that pip would install."""
+    command = [python, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+    command += ["--report", "-", *requirements]
+    report = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    found = {}
+    for entry in json.loads(report)["install"]:
+        name = re.sub(r"[-_.]+", "-", entry["metadata"]["name"]).lower()
+        found[name] = entry["metadata"]["version"].split("+")[0]  # 2.13.0+cpu is a local build
+    return found
+
+
+def merge(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    lines = []
+    for name in sorted(old | new):
+        versions = {found[name] for found in (old, new) if name in found}
+        if len(versions) == 1:
+            lines.append(f"{name}=={versions.pop()}")
+        else:
+            lines.append(f'{name}=={old[name]} ; python_version < "3.12"')
+            lines.append(f'{name}=={new[name]} ; python_version >= "3.12"')
+    return lines
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: {sys.argv[0]} PYTHON_3_11 PYTHON_3_12_OR_NEWER")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    common = project["dependencies"] + extras["dev"] + SAM2_NEEDS
+    torch = [*extras["convert"], f"torch=={FIXED['torch']}"]
+    old = resolve(sys.argv[1], common + torch)
+    new = resolve(sys.argv[2], common)
+    text = HEADER + "\n".join(merge(old | FIXED, new)) + "\n"
+    (REPOSITORY / "constraints.txt").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Meta's own models, built for our configs: what the bridge and the parity tests compare with.
+
+The official packages import torchvision, whose compiled operators need the very PyTorch build that
+they were compiled against; there is no torchvision for a CPU-only PyTorch of the same number.
+Only non-maximum suppression is used from it, so where the operators do not load, this module
+declares it and supplies a kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from convert.torch_io import import_torch
+from samjax.models.sam import SamConfig
+
+
+@functools.cache
+def import_segment_anything() -> Any:
+    """Meta's `segment_anything` package, importable beside any PyTorch build.
+
+    Raises:
+        ImportError: it, torchvision or PyTorch is not installed; names the extra that brings it.
+    """
+    torch = import_torch()
+    try:
+        _import_torchvision(torch)
+        import segment_anything
+    except ImportError as error:
+        raise ImportError(
+            f"Meta's reference code cannot be imported ({error}): pip install 'samjax[reference]'"
+        ) from error
+    return segment_anything
+
+
+def build_reference_sam(config: SamConfig) -> Any:
+    """Upstream's `Sam` for any of our configs, randomly initialised, in eval mode, float32.
+
+    The module has upstream's classes throughout. Upstream can only build square images; for a
+    rectangle the position tables are exchanged for ones of the right shape, and the resulting
+    `image_encoder`, `prompt_encoder` and `mask_decoder` are right, but `Sam.forward` is not:
+    its pre- and postprocessing pad to a square.
+
+    Raises:
+        ImportError: the reference package is not installed.
+    """
+    torch = import_torch()
+    modeling = import_segment_anything().modeling
+    vit = config.image_encoder
+    width = vit.out_channels
+    encoder = modeling.ImageEncoderViT(
+        img_size=max(vit.image_size),
+        patch_size=vit.patch_size,
+        embed_dim=vit.width,
+        depth=vit.depth,
+        num_heads=vit.heads,
+        mlp_ratio=vit.mlp_ratio,
+        out_chans=width,
+        qkv_bias=True,
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=vit.window,
+        global_attn_indexes=vit.global_blocks,
+    )
+    if vit.image_size[0] != vit.image_size[1]:
+        _make_rectangular(torch, encoder, vit.grid, vit.width, vit.heads)
+    sam = modeling.Sam(
+        image_encoder=encoder,
+        prompt_encoder=modeling.PromptEncoder(
+            embed_dim=width,
+            image_embedding_size=vit.grid,
+            input_image_size=vit.image_size,
+            mask_in_chans=config.mask_channels,
+        ),
+        mask_decoder=modeling.MaskDecoder(
+            num_multimask_outputs=config.num_multimask,
+            transformer=modeling.TwoWayTransformer(
+                depth=config.decoder_depth,
+                embedding_dim=width,
+                mlp_dim=config.decoder_mlp_width,
+                num_heads=config.decoder_heads,
+            ),
+            transformer_dim=width,
+            iou_head_depth=config.iou_head_depth,
+            iou_head_hidden_dim=config.iou_head_width,
+        ),
+        pixel_mean=list(config.pixel_mean),
+        pixel_std=list(config.pixel_std),
+    )
+    return sam.eval()
+
+
+def randomise(model: Any, seed: int) -> Any:
+    """Jitter every tensor of `model` that is constant after initialisation; in place.
+
+    Position embeddings, relative positions and biases start at zero and norm scales at one, and
+    zeros hide mistakes: a transposed or forgotten table changes nothing. Each such tensor gets
+    normal noise of standard deviation 0.1 (position tables 0.3, so that they weigh in the
+    attention). Returns `model`.
+    """
+    torch = import_torch()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_floating_point() or tensor.numel() < 1:
+                continue
+            if (tensor == tensor.flatten()[0]).all() or name.endswith("bias"):
+                size = 0.3 if "pos" in name.rsplit(".", 1)[-1] else 0.1
+                tensor.add_(size * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def _make_rectangular(
+    torch: Any, encoder: Any, grid: tuple[int, int], width: int, heads: int
+) -> None:
+    def zeros(*shape: int) -> Any:
+        return torch.nn.Parameter(torch.zeros(shape))
+
+    encoder.pos_embed = zeros(1, *grid, width)
+    for block in encoder.blocks:
+        if block.window_size == 0:
+            block.attn.rel_pos_h = zeros(2 * grid[0] - 1, width // heads)
+            block.attn.rel_pos_w = zeros(2 * grid[1] - 1, width // heads)
+
+
+_LIBRARIES: list[Any] = []
+"""Operator declarations live as long as the objects that made them."""
+
+
+def _import_torchvision(torch: Any) -> None:
+    if "torchvision" in sys.modules:
+        return
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        raise ImportError("No module named 'torchvision'")
+    if _operators_load(torch, Path(spec.origin).parent):
+        return
+    # On import torchvision registers shape rules for these two, and fails where they do not exist.
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.impl("nms", functools.partial(_nms, torch), "CPU")
+    _LIBRARIES.append(library)
+    boxes = importlib.import_module("torchvision.ops.boxes")
+    vars(boxes)["_assert_has_ops"] = lambda: None
+
+
+def _operators_load(torch: Any, folder: Path) -> bool:
+    """Whether torchvision's compiled operators fit this PyTorch."""
+    for path in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
+        try:
+            torch.ops.load_library(path)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+def _nms(torch: Any, boxes: Any, scores: Any, iou_threshold: float) -> Any:
+    """Greedy non-maximum suppression on XYXY boxes (n, 4), as torchvision's CPU kernel.
+
+    Returns the indices kept, best score first. A box goes when its IoU with a kept one is greater
+    than (not equal to) the threshold.
+    """
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    order = scores.sort(descending=True, stable=True).indices
+    kept = []
+    while len(order):
+        best, order = order[0], order[1:]
+        kept.append(int(best))
+        top_left = torch.maximum(boxes[order, :2], boxes[best, :2])
+        bottom_right = torch.minimum(boxes[order, 2:], boxes[best, 2:])
+        overlap = (bottom_right - top_left).clamp(min=0).prod(dim=1)
+        order = order[~(overlap / (areas[best] + areas[order] - overlap) > iou_threshold)]
+    return torch.tensor(kept, dtype=torch.int64)

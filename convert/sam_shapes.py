@@ -1,0 +1,266 @@
+"""What a SAM (v1) checkpoint is, told from the names and shapes of its tensors alone.
+
+Most sizes appear in several tensors; `infer_config` takes the value that most of them agree on, so
+that a checkpoint with a missing or mis-shaped tensor is still recognised, and the bridge can then
+name that tensor.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from convert.torch_io import CheckpointError
+from samjax.models.sam import VARIANTS, SamConfig
+from samjax.models.vit import ViTConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+_LAYER_SHARE = 0.5
+"""A block with fewer of its tensors than this share is a stray, not a layer of the model."""
+
+_OTHERS = (
+    (r"(sam_mask_decoder\.|sam_prompt_encoder\.|image_encoder\.trunk\.|memory_).*", "SAM 2"),
+    (r"image_encoder\.patch_embed\.seq\..*", "MobileSAM (its image encoder is a TinyViT)"),
+    (r"mask_decoder\.hf_token\.weight", "HQ-SAM"),
+    (r"vision_encoder\..*", "Hugging Face's rewriting of SAM (SamModel)"),
+    (r"w_[ab]_\d+", "a LoRA adapter (SAMed, Sam_LoRA); give it as --adapter"),
+    (r"base_model\.model\..*", "a PEFT adapter; give it as --adapter"),
+    (r"image_encoder/.*", "a samjax file whose config has been lost"),
+)
+
+
+def strip_wrapper(state_dict: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Take off a prefix that a wrapper such as a Lightning module put before every key.
+
+    Returns (prefix, state dict); the prefix is "" where there is none.
+    """
+    names = [name for name in state_dict if name.endswith("image_encoder.pos_embed")]
+    prefix = names[0].removesuffix("image_encoder.pos_embed") if len(names) == 1 else ""
+    if not all(name.startswith(prefix) for name in state_dict):
+        prefix = ""
+    return prefix, {name.removeprefix(prefix): leaf for name, leaf in state_dict.items()}
+
+
+def infer_config(state_dict: Mapping[str, Any]) -> SamConfig:
+    """The config of the SAM model that `state_dict` belongs to.
+
+    Args:
+        state_dict: {upstream's key: anything with a `shape`}, without a wrapper's prefix.
+
+    Recognised: width, depth, heads, MLP width, window, global blocks, image and patch size of the
+    image encoder, channels, mask tokens (SAMed: one a class, and one), depths and widths of the
+    decoder. Not visible in any shape and taken as upstream's: the decoder's 8 heads.
+
+    Raises:
+        CheckpointError: it is not a SAM checkpoint (the message says what it looks like), or too
+            little of it is there to tell.
+    """
+    shapes: Shapes = {name: tuple(leaf.shape) for name, leaf in state_dict.items()}
+    _check_is_sam(shapes)
+    vit = _infer_image_encoder(shapes)
+    heads = re.compile(r"mask_decoder\.output_hypernetworks_mlps\.(\d+)\..*")
+    iou = re.compile(r"mask_decoder\.iou_prediction_head\.layers\.(\d+)\..*")
+    # What is wholly absent gets upstream's size, and the bridge then lists it as missing.
+    iou_depth = _count_layers(shapes, iou) or 3
+    masks = _vote(
+        shapes,
+        "the number of masks",
+        (r"mask_decoder\.mask_tokens\.weight", 0),
+        (rf"mask_decoder\.iou_prediction_head\.layers\.{iou_depth - 1}\.(weight|bias)", 0),
+        extra=[count for count in [_count_layers(shapes, heads)] if count],
+        default=4,
+    )
+    return SamConfig(
+        image_encoder=vit,
+        num_multimask=masks - 1,
+        mask_channels=_vote(
+            shapes,
+            "the channels of the mask prompt",
+            (r"prompt_encoder\.mask_downscaling\.[34]\.(weight|bias)", 0),
+            (r"prompt_encoder\.mask_downscaling\.6\.weight", 1),
+            default=16,
+        ),
+        decoder_depth=_count_layers(
+            shapes, re.compile(r"mask_decoder\.transformer\.layers\.(\d+)\..*")
+        )
+        or 2,
+        decoder_mlp_width=_vote(
+            shapes,
+            "the MLP width of the decoder",
+            (r"mask_decoder\.transformer\.layers\.\d+\.mlp\.lin1\.(weight|bias)", 0),
+            (r"mask_decoder\.transformer\.layers\.\d+\.mlp\.lin2\.weight", 1),
+            default=2048,
+        ),
+        iou_head_width=_vote(
+            shapes,
+            "the width of the IoU head",
+            (r"mask_decoder\.iou_prediction_head\.layers\.0\.(weight|bias)", 0),
+            (r"mask_decoder\.iou_prediction_head\.layers\.1\.weight", 1),
+            default=256,
+        ),
+        iou_head_depth=iou_depth,
+    )
+
+
+def variant_name(config: SamConfig) -> str:
+    """The variant whose image encoder this is ("vit_b"), whatever its input size; or "custom"."""
+    vit = config.image_encoder
+    for name, variant in VARIANTS.items():
+        known = variant().image_encoder
+        if (vit.width, vit.depth, vit.heads, vit.mlp_ratio, vit.global_blocks) == (
+            known.width,
+            known.depth,
+            known.heads,
+            known.mlp_ratio,
+            known.global_blocks,
+        ):
+            return name
+    return "custom"
+
+
+def describe(config: SamConfig) -> str:
+    """One line for people, such as "vit_b, image 1024 x 1024, 4 mask tokens"."""
+    vit, name = config.image_encoder, variant_name(config)
+    sizes = f" (width {vit.width}, depth {vit.depth}, heads {vit.heads})" if name == "custom" else ""
+    height, width = config.image_size
+    return f"{name}{sizes}, image {height} x {width}, {config.mask_tokens} mask tokens"
+
+
+def _check_is_sam(shapes: Shapes) -> None:
+    for pattern, what in _OTHERS:
+        if any(re.fullmatch(pattern, name) for name in shapes):
+            raise CheckpointError(f"not a SAM (v1) checkpoint: it looks like {what}")
+    parts = ("image_encoder.blocks.", "prompt_encoder.", "mask_decoder.")
+    absent = [part for part in parts if not any(name.startswith(part) for name in shapes)]
+    if len(absent) == len(parts):
+        first = ", ".join(list(shapes)[:3])
+        raise CheckpointError(
+            f"not a SAM (v1) checkpoint: none of its tensors is SAM's (the first are {first})"
+        )
+    if absent:
+        raise CheckpointError(
+            "only a part of a SAM checkpoint: it holds no "
+            + " and no ".join(f"{part}*" for part in absent)
+        )
+
+
+def _infer_image_encoder(shapes: Shapes) -> ViTConfig:
+    block = r"image_encoder\.blocks\.\d+\."
+    width = _vote(
+        shapes,
+        "the width of the image encoder",
+        (block + r"norm[12]\.(weight|bias)", 0),
+        (block + r"(attn\.proj|mlp\.lin2)\.bias", 0),
+        (r"image_encoder\.patch_embed\.proj\.bias", 0),
+    )
+    head_dim = _vote(shapes, "the width of a head", (block + r"attn\.rel_pos_[hw]", 1))
+    hidden = _vote(shapes, "the width of an MLP", (block + r"mlp\.lin1\.(weight|bias)", 0))
+    patch = _vote(
+        shapes,
+        "the patch size",
+        (r"image_encoder\.patch_embed\.proj\.weight", 2),
+        (r"image_encoder\.patch_embed\.proj\.weight", 3),
+        default=16,
+    )
+    depth = _count_layers(shapes, re.compile(r"image_encoder\.blocks\.(\d+)\..*"))
+    if width % head_dim:
+        raise CheckpointError(f"a width of {width} is not a multiple of the head's, {head_dim}")
+    heads = width // head_dim
+    grid, window, global_blocks = _infer_windows(shapes, depth, (width, heads))
+    return ViTConfig(
+        image_size=(grid[0] * patch, grid[1] * patch),
+        patch_size=patch,
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_ratio=_mlp_ratio(width, hidden),
+        window=window,
+        global_blocks=global_blocks,
+        out_channels=_vote(
+            shapes,
+            "the channels of the image embedding",
+            (r"image_encoder\.neck\.\d\.(weight|bias)", 0),
+            (r"prompt_encoder\.\w+\.weight", 1),
+            (r"mask_decoder\.transformer\.layers\.\d+\.norm\d\.(weight|bias)", 0),
+        ),
+    )
+
+
+def _mlp_ratio(width: int, hidden: int) -> float:
+    """The ratio from which the model gets `hidden` back by `int(width * ratio)`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+def _infer_windows(
+    shapes: Shapes, depth: int, size: tuple[int, int]
+) -> tuple[tuple[int, int], int, tuple[int, ...]]:
+    """(grid, window, global blocks), from the position embedding and each block's tables.
+
+    A table of 2 n - 1 rows belongs to an attention over n tokens along that axis: the window's
+    side, or the grid's in a global block.
+    """
+    sides = []  # of each block: tokens along height and width, None where the table is missing
+    for index in range(depth):
+        names = [f"image_encoder.blocks.{index}.attn.rel_pos_{axis}" for axis in "hw"]
+        sides.append([(shapes[name][0] + 1) // 2 if name in shapes else None for name in names])
+    embedded = shapes.get("image_encoder.pos_embed", ())
+    tabled = [tuple(pair) for pair in sides if None not in pair]
+    if not tabled:
+        raise CheckpointError("cannot tell the window: no block has relative positions")
+    if len(embedded) == 4 and (embedded[1:3] in tabled or len(set(tabled)) == 1):
+        grid = embedded[1], embedded[2]
+    else:
+        grid = max(set(tabled), key=lambda pair: pair[0] * pair[1])
+    others = [side for pair in tabled if pair != grid for side in pair]
+    if others:
+        window = collections.Counter(others).most_common(1)[0][0]
+        return grid, window, tuple(i for i, pair in enumerate(sides) if _is_global(pair, grid, window))
+    # Every block sees the whole grid; where the grid is as large as the window, that is also what
+    # a windowed block of a named variant does.
+    if grid[0] == grid[1]:
+        for variant in VARIANTS.values():
+            known = variant().image_encoder
+            if size == (known.width, known.heads) and grid[0] == known.window:
+                return grid, known.window, known.global_blocks
+    return grid, ViTConfig().window, tuple(range(depth))
+
+
+def _is_global(pair: list[int | None], grid: tuple[int, int], window: int) -> bool:
+    """By majority of the block's two tables; a table that fits neither has no vote."""
+    votes = [
+        (side == cells) - (side == window)
+        for side, cells in zip(pair, grid, strict=True)
+        if side is not None and cells != window
+    ]
+    return sum(votes) > 0
+
+
+def _vote(
+    shapes: Shapes,
+    what: str,
+    *places: tuple[str, int],
+    extra: list[int] | None = None,
+    default: int | None = None,
+) -> int:
+    """The length that most tensors have: `places` are (regex on the name, axis)."""
+    ballots = collections.Counter(extra or [])
+    for pattern, axis in places:
+        for name, shape in shapes.items():
+            if len(shape) > axis and re.fullmatch(pattern, name):
+                ballots[shape[axis]] += 1
+    if ballots:
+        return ballots.most_common(1)[0][0]
+    if default is None:
+        raise CheckpointError(f"cannot tell {what}: none of the tensors that show it is there")
+    return default
+
+
+def _count_layers(shapes: Shapes, pattern: re.Pattern[str]) -> int:
+    """One more than the highest index, leaving out indices with few of a layer's tensors."""
+    tensors = collections.Counter(int(m.group(1)) for m in map(pattern.fullmatch, shapes) if m)
+    enough = _LAYER_SHARE * max(tensors.values(), default=0)
+    return 1 + max((index for index, count in tensors.items() if count >= enough), default=-1)

@@ -1,0 +1,305 @@
+"""Pictures for a person: overlays of masks on images, sheets of them, and training curves.
+
+Drawn with matplotlib's Figure, not with pyplot: no global state, no display. Every file is written
+atomically.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+from scipy import ndimage
+
+from samjax.atomic import atomic_write
+
+Colour = tuple[int, int, int]
+# Bright, unlike tissue and each other, and distinct to colour-blind readers too.
+COLOURS: tuple[Colour, ...] = (
+    (0, 229, 255),
+    (255, 64, 220),
+    (255, 235, 0),
+    (60, 255, 90),
+    (255, 140, 0),
+    (120, 140, 255),
+    (255, 255, 255),
+    (255, 70, 70),
+)
+_CELL = 2.6  # inches, width of a picture on a sheet
+_PIXELS = 480  # longest side of a picture on a sheet
+_NAME_LENGTH = 34  # letters of a name that fit above a picture
+
+
+def overlay(
+    image: np.ndarray,
+    mask: np.ndarray,
+    colours: Sequence[Colour] = COLOURS,
+    fill: float = 0.25,
+) -> np.ndarray:
+    """An image with the regions of a label map tinted and outlined.
+
+    Args:
+        image: uint8 (h, w, 3) or (h, w).
+        mask: integer or bool (h, w); 0 is background, class i gets colours[i - 1], in turn.
+        colours: RGB, 0..255.
+        fill: opacity of the tint, 0..1; the outline is opaque, inside the region, and about one
+            300th of the longer side wide.
+
+    Returns:
+        uint8 (h, w, 3); the arguments stay as they are.
+
+    Raises:
+        ValueError: an image or mask of another kind, or of different sizes.
+    """
+    image, mask = np.asarray(image), np.asarray(mask)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ValueError(
+            f"image is {image.dtype} {image.shape}, expected uint8 (h, w, 3) or (h, w)"
+        )
+    if mask.dtype != bool and not np.issubdtype(mask.dtype, np.integer):
+        raise ValueError(f"mask is {mask.dtype}, expected integer labels or bool")
+    if mask.shape != image.shape[:2]:
+        raise ValueError(f"mask has shape {mask.shape}, image {image.shape[:2]}")
+    result = (image if image.ndim == 3 else np.stack([image] * 3, axis=-1)).astype(np.float32)
+    mask = mask.astype(np.int64)
+    width = max(1, round(max(mask.shape) / 300))
+    for label in np.unique(mask[mask != 0]):
+        region = mask == label
+        colour = np.array(colours[(label - 1) % len(colours)], np.float32)
+        inner = ndimage.binary_erosion(region, iterations=width, border_value=1)
+        result[region] += fill * (colour - result[region])
+        result[region & ~inner] = colour
+    return np.clip(result + 0.5, 0, 255).astype(np.uint8)
+
+
+class Case(NamedTuple):
+    """One image of a sheet. Masks are label maps of the image's size; Dice in [0, 1], NaN where it
+    is undefined, one number or one per class."""
+
+    name: str
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+    dice: float | Sequence[float]
+    before: np.ndarray | None = None  # prediction before the training
+    before_dice: float | Sequence[float] | None = None
+
+
+def overlay_sheet(
+    path: str | Path,
+    rows: Sequence[Case | tuple],
+    *,
+    title: str = "",
+    class_names: Sequence[str] = (),
+    cases_per_row: int | None = None,
+    colours: Sequence[Colour] = COLOURS,
+) -> None:
+    """Write a sheet: image, truth, (prediction before,) prediction of every case side by side.
+
+    Args:
+        path: the file to write; its suffix names the format (.png, .pdf, …).
+        rows: cases, or tuples in the order of `Case`'s fields. The column "before" appears when
+            any case has one.
+        title: above everything.
+        class_names: of the classes 1, 2, …: adds a legend.
+        cases_per_row: how many cases stand side by side; by default 1 up to 8 cases, then 2, and
+            3 from 33 on.
+        colours: of the classes, see `overlay`.
+
+    Raises:
+        ValueError: no case, or an image or mask that does not fit (named).
+    """
+    cases = [Case(*row) for row in rows]
+    if not cases:
+        raise ValueError("there is no case to draw")
+    across = cases_per_row or (1 if len(cases) <= 8 else 2 if len(cases) <= 32 else 3)
+    with_before = any(case.before is not None for case in cases)
+    columns = 4 if with_before else 3
+    lines = math.ceil(len(cases) / across)
+    aspect = max(case.image.shape[0] / case.image.shape[1] for case in cases)
+
+    # Inches. Every picture gets a caption's height above it; groups are set apart by a gap.
+    caption, gap, margin = 0.3, 0.25, 0.12
+    head = (0.4 if title else 0.0) + (0.3 if class_names else 0.0) + margin
+    cell_height = _CELL * aspect + caption
+    width = across * columns * (_CELL + 0.06) + (across - 1) * gap + 2 * margin
+    height = head + lines * (cell_height + 0.1) + margin
+    figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
+    if title:
+        figure.text(0.5, 1 - 0.28 / height, title, ha="center", va="center", fontsize=13)
+    if class_names:
+        _legend(figure, class_names, colours, 1 - (head - 0.12) / height)
+
+    for number, case in enumerate(cases):
+        line, group = divmod(number, across)
+        bottom = height - head - (line + 1) * (cell_height + 0.1) + 0.1
+        left = margin + group * (columns * (_CELL + 0.06) + gap)
+        for column, (caption_text, picture) in enumerate(_pictures(case, with_before, colours)):
+            x = left + column * (_CELL + 0.06)
+            box = (x / width, bottom / height, _CELL / width, _CELL * aspect / height)
+            axes = figure.add_axes(box)
+            axes.set_axis_off()
+            axes.set_anchor("N")
+            if picture is not None:
+                axes.imshow(picture, interpolation="antialiased")
+            axes.set_title(caption_text, fontsize=8.5, pad=3)
+    _save(figure, path)
+
+
+def curve(
+    path: str | Path,
+    history: Sequence[Mapping[str, float]],
+    *,
+    loss: str = "loss",
+    dice: str = "val_dice",
+    title: str = "",
+) -> None:
+    """Write a plot of training loss and validation Dice by step.
+
+    Args:
+        path: the file to write; its suffix names the format.
+        history: records with "step" and any of the keys `loss` and `dice`; others are ignored.
+        loss, dice: the keys to draw.
+        title: above the plot.
+
+    Raises:
+        ValueError: nothing to draw under either key, or a record without "step".
+    """
+    if any("step" not in record for record in history):
+        raise ValueError('history has a record without "step"')
+    series = {}
+    for key in (loss, dice):
+        points = [(record["step"], record[key]) for record in history if key in record]
+        if points:
+            series[key] = np.array(points, np.float64).T
+    if not series:
+        raise ValueError(f"history has neither {loss!r} nor {dice!r}: there is nothing to draw")
+
+    figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained", facecolor="white")
+    left = figure.add_subplot()
+    left.set_xlabel("step")
+    left.grid(alpha=0.25)
+    if title:
+        left.set_title(title, fontsize=11)
+    handles = []
+    if loss in series:
+        steps, values = series[loss]
+        left.set_ylabel("training loss", color="tab:blue")
+        left.tick_params(axis="y", labelcolor="tab:blue")
+        smooth = _running_mean(values)
+        if smooth is None:
+            handles += left.plot(steps, values, color="tab:blue", label="training loss")
+        else:
+            left.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
+            handles += left.plot(steps, smooth, color="tab:blue", label="training loss (smoothed)")
+        left.set_ylim(bottom=min(0, np.nanmin(values)))
+    if dice in series:
+        right = left.twinx() if loss in series else left
+        handles += _draw_dice(right, *series[dice])
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _draw_dice(axes: Axes, steps: np.ndarray, values: np.ndarray) -> list[Line2D]:
+    axes.set_ylabel("validation Dice", color="tab:orange")
+    axes.tick_params(axis="y", labelcolor="tab:orange")
+    axes.set_ylim(0, 1.02)
+    label = "validation Dice"
+    if not np.isnan(values).all():
+        best = int(np.nanargmax(values))
+        label += f" (best {values[best]:.3f} at step {steps[best]:g})"
+        axes.plot(
+            steps[best], values[best], "o", color="tab:orange", markersize=9, fillstyle="none"
+        )
+    return axes.plot(steps, values, "o-", color="tab:orange", markersize=4, label=label)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray | None:
+    """Centred mean over about a 20th of a long series, shorter at the ends; None for a short one."""
+    reach = values.size // 40
+    if reach < 1:
+        return None
+    window = np.ones(2 * reach + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+
+
+def _pictures(
+    case: Case, with_before: bool, colours: Sequence[Colour]
+) -> list[tuple[str, np.ndarray | None]]:
+    """Caption and picture of each column of a case."""
+    image = np.asarray(case.image)
+    small = max(image.shape[:2]) / _PIXELS
+    size = tuple(max(1, round(side / max(small, 1))) for side in image.shape[1::-1])  # (w, h)
+
+    def shrunk(array: np.ndarray, how: Image.Resampling) -> np.ndarray:
+        return array if small <= 1 else np.asarray(Image.fromarray(array).resize(size, how))
+
+    def drawn(kind: str, mask: np.ndarray) -> np.ndarray:
+        mask = np.asarray(mask)
+        if mask.shape != image.shape[:2]:
+            raise ValueError(
+                f"{case.name}: {kind} has shape {mask.shape}, the image {image.shape[:2]}"
+            )
+        return overlay(
+            picture, shrunk(mask.astype(np.uint8), Image.Resampling.NEAREST), colours, fill=0.2
+        )
+
+    picture = shrunk(image, Image.Resampling.BOX)
+    result: list[tuple[str, np.ndarray | None]] = [
+        (_shorten(case.name), picture),
+        ("truth", drawn("truth", case.truth)),
+    ]
+    if with_before and case.before is None:
+        result.append(("before: none", None))
+    elif with_before:
+        result.append((f"before: {_dice_text(case.before_dice)}", drawn("before", case.before)))
+    kind = "after" if with_before else "prediction"
+    result.append((f"{kind}: {_dice_text(case.dice)}", drawn("prediction", case.prediction)))
+    return result
+
+
+def _dice_text(dice: float | Sequence[float] | None) -> str:
+    if dice is None:
+        return "no Dice"
+    values = np.atleast_1d(np.asarray(dice, np.float64))
+    return "Dice " + " / ".join("undefined" if np.isnan(v) else f"{v:.3f}" for v in values)
+
+
+def _shorten(name: str) -> str:
+    """Keeps both ends of a name that would run into the next column."""
+    if len(name) <= _NAME_LENGTH:
+        return name
+    half = (_NAME_LENGTH - 1) // 2
+    return f"{name[:half]}…{name[-half:]}"
+
+
+def _legend(figure: Figure, names: Sequence[str], colours: Sequence[Colour], y: float) -> None:
+    handles = [
+        Line2D([], [], color=tuple(c / 255 for c in colours[i % len(colours)]), linewidth=4)
+        for i in range(len(names))
+    ]
+    legend = figure.legend(
+        handles,
+        names,
+        loc="lower center",
+        bbox_to_anchor=(0.5, y),
+        ncols=len(names),
+        fontsize=9,
+        facecolor="0.35",
+        labelcolor="white",
+        borderaxespad=0,
+    )
+    legend.get_frame().set_edgecolor("none")
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    suffix = Path(path).suffix.removeprefix(".") or "png"
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format=suffix)

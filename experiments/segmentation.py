@@ -1,0 +1,233 @@
+"""Fine-tuning SAM for segmentation: what is trained, the loss of a batch, the evaluation.
+
+Shared by the experiments.  Binary masks use SAM's single-mask token, so that the tuned model stays
+an ordinary SAM, prompts and all; k classes use SAMed's k + 1 mask tokens (arXiv 2304.13785), where
+channel c is class c and channel 0 the background.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from samjax.data.folder import SegmentationDataset
+from samjax.models.functional import bind, init_params
+from samjax.models.mask_decoder import MaskPrediction
+from samjax.models.ops import resize_bilinear, resize_bilinear_numpy
+from samjax.models.sam import SamConfig
+from samjax.peft.lora import Adapter, LoraConfig, init_factors, merge
+from samjax.peft.paths import FREEZE, join, label_by_path, split_by_label, table
+from samjax.training.losses import segmentation_loss
+from samjax.training.metrics import ImageScore, score_image
+from samjax.trees import Params, flatten, unflatten
+
+TRAIN = "train"
+METHODS = ("lora", "decoder", "full")
+ARRAYS = ("image", "mask", "size", "coords", "labels")  # of a batch, what the loss reads
+MASK_HEAD = "mask_decoder/(mask_tokens|output_hypernetworks_mlps|iou_prediction_head)/.*"
+BUFFER = "prompt_encoder/pe_gaussian"  # fixed random features, a buffer upstream
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A model split into what a method trains and what it leaves alone.
+
+    trainable: ``{"params": …, "factors": …}``; frozen: the other parameters; labels: one per
+    parameter of the base; ``text`` is a table for a person.
+    """
+
+    config: SamConfig
+    method: str
+    trainable: Params
+    frozen: Params
+    lora: LoraConfig | None = None
+    num_classes: int = 1
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+    dice_weight: float = 0.5
+    text: str = field(default="", compare=False)
+
+    def bind(self, trainable: Params, frozen: Params, key: jax.Array | None = None) -> Any:
+        """The module of the given trees; ``key`` switches LoRA's dropout on."""
+        adapter = {}
+        if self.lora is not None:
+            adapter = {
+                "adapter": trainable["factors"],
+                "adapter_scale": self.lora.scale,
+                "adapter_dropout": self.lora.dropout,
+                "dropout_key": key,
+            }
+        params = join(frozen, trainable["params"])
+        return bind(self.config, params, dtype=self.dtype, remat=self.remat, **adapter)
+
+    def adapter(self, trainable: Params) -> Adapter:
+        """What the run added to the base model."""
+        scale = 1.0 if self.lora is None else self.lora.scale
+        factors = {} if self.lora is None else trainable["factors"]
+        return Adapter(factors=factors, scale=scale, params=trainable["params"])
+
+    def merged(self, trainable: Params) -> Params:
+        """Plain parameters of the tuned model."""
+        params = join(self.frozen, trainable["params"])
+        return merge(params, dataclasses.replace(self.adapter(trainable), params={}))
+
+
+def with_classes(
+    config: SamConfig, params: Params, num_classes: int, seed: int
+) -> tuple[SamConfig, Params]:
+    """The model with ``num_classes + 1`` mask tokens, its mask head fresh, all else kept.
+
+    Source: SAMed leaves ``mask_tokens``, the hypernetworks and the IoU head out when it loads an
+    official checkpoint.
+    """
+    config = dataclasses.replace(config, num_multimask=num_classes)
+    fresh = flatten(init_params(config, seed))
+    labels = flatten(label_by_path(unflatten(fresh), [(MASK_HEAD, "fresh"), (".*", "keep")]))
+    old = flatten(params)
+    return config, unflatten(
+        {path: leaf if labels[path] == "fresh" else old[path] for path, leaf in fresh.items()}
+    )
+
+
+def prepare(
+    config: SamConfig,
+    params: Params,
+    method: str,
+    *,
+    lora: LoraConfig,
+    num_classes: int = 1,
+    fresh_head: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Tuning:
+    """Splits ``params`` for a method: ``lora``, ``decoder`` or ``full``.
+
+    A fresh mask head is trained outright under every method.  ``options`` go to ``Tuning``.
+    """
+    head = [(MASK_HEAD, TRAIN)] if fresh_head else []
+    rules = {
+        "lora": [*head, (".*", FREEZE)],
+        "decoder": [("mask_decoder/.*", TRAIN), (".*", FREEZE)],
+        "full": [(BUFFER, FREEZE), (".*", TRAIN)],
+    }
+    if method not in rules:
+        raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    labels = label_by_path(params, rules[method])
+    chosen, frozen = split_by_label(params, labels, TRAIN)
+    trainable = {"params": chosen, "factors": {}}
+    text = table(params, labels)
+    if method == "lora":
+        trainable["factors"] = init_factors(params, lora, jax.random.key(seed))
+        sizes = [leaf.size for leaf in jax.tree.leaves(trainable["factors"])]
+        text += f"\n{'factors':<10}{len(sizes):>9}{sum(sizes):>14,}{'':>9}{sum(sizes) / 2**18:>10.2f}"
+    own_lora = lora if method == "lora" else None
+    return Tuning(
+        config, method, trainable, frozen, own_lora, num_classes, text=text, **options
+    )
+
+
+def frame_logits(config: SamConfig, prediction: MaskPrediction, num_classes: int) -> jax.Array:
+    """Logits in the model frame: ``(b, h, w)``, or ``(b, h, w, k + 1)`` for k > 1 classes."""
+    if num_classes == 1:
+        return resize_bilinear(prediction.low_res_logits[:, 0], config.image_size)
+    return jnp.moveaxis(resize_bilinear(prediction.low_res_logits, config.image_size), 1, -1)
+
+
+def valid_pixels(config: SamConfig, sizes: jax.Array) -> jax.Array:
+    """Bool ``(b, h, w)``: inside the unpadded part of the frame."""
+    height, width = config.image_size
+    rows = jnp.arange(height)[None, :, None] < sizes[:, 0, None, None]
+    columns = jnp.arange(width)[None, None, :] < sizes[:, 1, None, None]
+    return rows & columns
+
+
+def batch_loss(
+    tuning: Tuning, trainable: Params, frozen: Params, batch: dict, key: jax.Array
+) -> jax.Array:
+    """Dice + CE of each example, ``(b,)``, on logits in the model frame."""
+    module = tuning.bind(trainable, frozen, key)
+    prediction = module(batch["image"], batch["size"], batch["coords"], batch["labels"])
+    logits = frame_logits(tuning.config, prediction, tuning.num_classes)
+    valid = valid_pixels(tuning.config, batch["size"])
+    return segmentation_loss(logits, batch["mask"], valid, dice_weight=tuning.dice_weight)
+
+
+class Evaluator:
+    """Predicts label maps for batches and scores them; compiled once."""
+
+    def __init__(self, tuning: Tuning):
+        self._tuning = tuning
+        self._logits = jax.jit(partial(_predict_logits, tuning))
+
+    def frame_scores(self, trainable: Params, batches: Iterable[dict]) -> list[ImageScore]:
+        """Dice and IoU in the model frame: quick, for validation while training."""
+        scores = []
+        for batch in batches:
+            logits = np.asarray(self._predict(trainable, batch))
+            for row in np.flatnonzero(batch["valid"]):
+                height, width = batch["size"][row]
+                labels = _to_labels(logits[row, :height, :width])
+                truth = batch["mask"][row, :height, :width]
+                scores.append(score_image(labels, truth, self._tuning.num_classes))
+        return scores
+
+    def original_predictions(
+        self, trainable: Params, batches: Iterable[dict]
+    ) -> Iterable[tuple[int, np.ndarray]]:
+        """(index in the data set, uint8 label map at the image's original size)."""
+        for batch in batches:
+            logits = np.asarray(self._predict(trainable, batch))
+            for row in np.flatnonzero(batch["valid"]):
+                height, width = batch["size"][row]
+                yield int(batch["index"][row]), labels_at(
+                    logits[row, :height, :width], tuple(batch["original_size"][row])
+                )
+
+    def _predict(self, trainable: Params, batch: dict) -> jax.Array:
+        arrays = {name: batch[name] for name in ARRAYS if name != "mask"}
+        return self._logits(trainable, self._tuning.frozen, arrays)
+
+
+def _predict_logits(tuning: Tuning, trainable: Params, frozen: Params, batch: dict) -> jax.Array:
+    module = tuning.bind(trainable, frozen)
+    prediction = module(batch["image"], batch["size"], batch["coords"], batch["labels"])
+    return frame_logits(tuning.config, prediction, tuning.num_classes)
+
+
+def _to_labels(logits: np.ndarray) -> np.ndarray:
+    if logits.ndim == 2:
+        return (logits > 0).astype(np.uint8)
+    return logits.argmax(-1).astype(np.uint8)
+
+
+def labels_at(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Logits ``(h, w[, k + 1])`` of the unpadded frame to a label map of ``size`` (height, width)."""
+    if logits.ndim == 2:
+        return _to_labels(resize_bilinear_numpy(logits, size))
+    best = np.full(size, -np.inf, np.float32)
+    labels = np.zeros(size, np.uint8)
+    for channel in range(logits.shape[-1]):  # one class at a time: k full-size maps may not fit
+        upsampled = resize_bilinear_numpy(logits[..., channel], size)
+        labels[upsampled > best] = channel
+        np.maximum(best, upsampled, out=best)
+    return labels
+
+
+def mean_dice(scores: Sequence[ImageScore]) -> float:
+    """Mean over the images and classes whose Dice is defined; NaN if none is."""
+    values = np.concatenate([score.dice for score in scores]) if scores else np.zeros(0)
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else float("nan")
+
+
+def truth_at(dataset: SegmentationDataset, index: int) -> dict:
+    """Image, mask and name of an example at its original size."""
+    return dataset[index]

@@ -1,0 +1,1 @@
+"""Segment Anything as Flax NNX modules behind a functional boundary (see ``functional.py``)."""

@@ -1,0 +1,116 @@
+"""The functional boundary: a config and a plain parameter tree to a callable model.
+
+Outside ``samjax/models`` a model is a frozen config and a nested dict of arrays with string keys,
+``params["image_encoder"]["blocks"]["0"]["attn"]["qkv"]["kernel"]``, whose path is written
+``image_encoder/blocks/0/attn/qkv/kernel``.  ``bind`` turns both into the module, inside or outside
+``jax.jit``; nothing else in the project touches NNX state.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from samjax.models.layers import Dense, SidePath
+from samjax.trees import Params, block_columns, flatten, unflatten
+
+@functools.lru_cache(maxsize=32)
+def _abstract_module(config, dtype: DTypeLike, remat: bool):
+    """Graph definition, tree structure and the path of each leaf, without allocating anything."""
+    module = nnx.eval_shape(lambda: config.build(dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(module)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
+    paths = ["/".join(str(key.key) for key in path) for path, _ in leaves]
+    return graph, state, treedef, paths, [leaf for _, leaf in leaves]
+
+
+def abstract_params(config) -> Params:
+    """The tree that ``config``'s model needs, as ``jax.ShapeDtypeStruct`` leaves."""
+    _, _, _, paths, leaves = _abstract_module(config, jnp.float32, False)
+    structs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    return unflatten(dict(zip(paths, structs, strict=True)))
+
+
+def init_params(config, seed: int = 0) -> Params:
+    """Fresh float32 parameters, the same for the same seed on every machine."""
+
+    def build(key: jax.Array) -> dict:
+        module = config.build(dtype=jnp.float32, remat=False, rngs=nnx.Rngs(key))
+        return nnx.to_pure_dict(nnx.state(module))
+
+    pure = jax.jit(build)(jax.random.key(seed))
+    leaves = jax.tree_util.tree_leaves_with_path(pure)
+    return unflatten({"/".join(str(key.key) for key in path): leaf for path, leaf in leaves})
+
+
+def bind(
+    config,
+    params: Params,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+    adapter: Params | None = None,
+    adapter_scale: float = 1.0,
+    adapter_dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> Any:
+    """The module with ``params``, computing in ``dtype``, with an adapter laid beside it.
+
+    ``adapter`` is a tree ``{path of a Dense: {block: {"a": (in, r), "b": (r, out)}}}``; ``block``
+    names output columns: ``q``, ``k``, ``v`` of a fused ``qkv``, or ``all``.  It is added as
+    ``adapter_scale · (x a) b``; with ``dropout_key``, entries of ``x`` are dropped with probability
+    ``adapter_dropout`` on the side path only.
+
+    Raises ``ValueError`` naming all missing, unknown and mis-shaped parameters.
+    """
+    graph, state, treedef, paths, leaves = _abstract_module(config, dtype, remat)
+    flat = flatten(params)
+    problems = [f"missing: {path}" for path in paths if path not in flat]
+    problems += [f"unknown: {path}" for path in flat if path not in set(paths)]
+    for path, leaf in zip(paths, leaves, strict=True):
+        if path in flat and flat[path].shape != leaf.shape:
+            problems.append(f"{path}: expected shape {leaf.shape}, got {flat[path].shape}")
+    if problems:
+        raise ValueError("these parameters do not fit the model:\n  " + "\n  ".join(problems))
+    pure = jax.tree.unflatten(treedef, [flat[path] for path in paths])
+    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the cached one stays abstract
+    nnx.replace_by_pure_dict(state, pure)
+    module = nnx.merge(graph, state)
+    if adapter is not None:
+        _lay_adapter(module, adapter, adapter_scale, adapter_dropout, dropout_key)
+    return module
+
+
+def _lay_adapter(module, adapter: Params, scale: float, dropout: float, key) -> None:
+    sides: dict[str, list[SidePath]] = {}
+    flat = flatten(adapter)
+    for path in flat:
+        if not path.endswith("/a"):
+            continue
+        dense_path, block = path.removesuffix("/a").rsplit("/", 1)
+        dense = _find(module, dense_path)
+        a, b = flat[path], flat[f"{dense_path}/{block}/b"]
+        own_key = None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))
+        columns = block_columns(block, dense.kernel.shape[1])
+        sides.setdefault(dense_path, []).append(SidePath(a, b, columns, scale, dropout, own_key))
+    for dense_path, paths in sides.items():
+        # The bound module lives for one call and is never split again: no NNX bookkeeping needed.
+        object.__setattr__(_find(module, dense_path), "side_paths", tuple(paths))
+
+
+def _find(module, path: str) -> Dense:
+    found = module
+    for key in path.split("/"):
+        try:
+            found = found[int(key)] if key.isdigit() else getattr(found, key)
+        except (AttributeError, IndexError) as error:
+            raise ValueError(f"the adapter names {path!r}, which the model does not have") from error
+    if not isinstance(found, Dense):
+        raise ValueError(f"the adapter names {path!r}, which is no dense layer")
+    return found

@@ -1,0 +1,138 @@
+"""Layers shared by all models: a dense layer with a side path for adapters, and thin wrappers.
+
+Kernels are 2-D ``(in, out)``, a fused ``qkv`` included, so that bridge, LoRA, GaLore and sharding
+need no special case.  Parameters are float32; ``dtype`` is the type of the computation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+EMBEDDING_INIT = nnx.initializers.normal(0.02)
+
+
+class SidePath(NamedTuple):
+    """A low-rank side path of one column block of a dense layer: ``y[..., block] += s (x a) b``.
+
+    a: ``(in, r)``; b: ``(r, block)``; columns: start and stop of the block in the output;
+    dropout: probability of dropping an entry of ``x``, active only if ``key`` is given.
+    """
+
+    a: Float[Array, "i r"]
+    b: Float[Array, "r o"]
+    columns: tuple[int, int]
+    scale: float = 1.0
+    dropout: float = 0.0
+    key: Array | None = None
+
+
+class Dense(nnx.Module):
+    """``y = x kernel + bias``, plus the side paths that an adapter laid onto it."""
+
+    def __init__(
+        self, features_in: int, features_out: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ):
+        init = nnx.initializers.xavier_uniform()
+        self.kernel = nnx.Param(init(rngs.params(), (features_in, features_out)))
+        self.bias = nnx.Param(jnp.zeros((features_out,)))
+        self.dtype = dtype
+        self.side_paths = ()
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        x = x.astype(self.dtype)
+        y = x @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+        for side in self.side_paths:
+            y = _add_side_path(x, y, side)
+        return y
+
+
+def _add_side_path(x: Array, y: Array, side: SidePath) -> Array:
+    if side.dropout and side.key is not None:
+        keep = jax.random.bernoulli(side.key, 1 - side.dropout, x.shape)
+        x = jnp.where(keep, x / (1 - side.dropout), 0)
+    delta = side.scale * ((x @ side.a.astype(x.dtype)) @ side.b.astype(x.dtype))
+    start, stop = side.columns
+    outside = [(0, 0)] * (y.ndim - 1) + [(start, y.shape[-1] - stop)]
+    return y + jnp.pad(delta, outside)
+
+
+class Embedding(nnx.Module):
+    """Learned vectors, shape ``(n, c)``."""
+
+    def __init__(self, count: int, width: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(rngs.params.normal((count, width)))
+
+    def __call__(self) -> Float[Array, "n c"]:
+        return self.embedding[...]
+
+
+class MLP(nnx.Module):
+    """Two dense layers around an activation, as in the ViT blocks and the two-way transformer."""
+
+    def __init__(self, width: int, hidden: int, activation, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.lin1 = Dense(width, hidden, dtype=dtype, rngs=rngs)
+        self.lin2 = Dense(hidden, width, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        return self.lin2(self.activation(self.lin1(x)))
+
+
+class Perceptron(nnx.Module):
+    """``depth`` dense layers with ReLU between them: the heads of the mask decoder."""
+
+    def __init__(
+        self, width: int, hidden: int, out: int, depth: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        sizes = [width] + [hidden] * (depth - 1) + [out]
+        self.layers = nnx.List(
+            [Dense(i, o, dtype=dtype, rngs=rngs) for i, o in zip(sizes, sizes[1:], strict=False)]
+        )
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        for layer in self.layers[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def gelu(x: Array) -> Array:
+    """The exact (erf) GELU; JAX's default is the tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def layer_norm(width: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the last axis; on NHWC arrays it is upstream's ``LayerNorm2d`` as well.
+
+    The fast variance ``E[x²] − E[x]²`` loses four digits at a mean of 50, hence switched off.
+    """
+    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def conv(
+    features_in: int,
+    features_out: int,
+    kernel: int,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    bias: bool = True,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """NHWC convolution with explicit padding (``'SAME'`` differs from PyTorch's under a stride)."""
+    return nnx.Conv(
+        features_in,
+        features_out,
+        (kernel, kernel),
+        strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        use_bias=bias,
+        dtype=dtype,
+        rngs=rngs,
+    )

@@ -1,0 +1,167 @@
+"""LoRA as data: low-rank factors in a plain tree beside the frozen parameters.
+
+Paper: Hu et al., arXiv 2106.09685; for SAM: SAMed (arXiv 2304.13785), which adapts the ``q`` and
+``v`` columns of the fused ``qkv`` of every encoder block with rank 4 and no scaling.
+
+An adapter's factors are ``{path of a dense layer: {block: {"a": (in, r), "b": (r, out)}}}``, where
+``block`` names output columns (``samjax.trees.block_columns``).  ``samjax.models.functional.bind``
+lays them onto the model; ``merge`` folds them into plain parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from samjax.trees import Params, block_columns, flatten, unflatten
+
+# part → projection → (dense layers, block of their output)
+TARGETS: dict[str, dict[str, tuple[str, str]]] = {
+    "image_encoder": {
+        "q": (r"image_encoder/blocks/\d+/attn/qkv", "q"),
+        "k": (r"image_encoder/blocks/\d+/attn/qkv", "k"),
+        "v": (r"image_encoder/blocks/\d+/attn/qkv", "v"),
+        "o": (r"image_encoder/blocks/\d+/attn/proj", "all"),
+        "mlp": (r"image_encoder/blocks/\d+/mlp/lin[12]", "all"),
+    },
+    "mask_decoder": {
+        "q": (r"mask_decoder/transformer/.*attn\w*/q_proj", "all"),
+        "k": (r"mask_decoder/transformer/.*attn\w*/k_proj", "all"),
+        "v": (r"mask_decoder/transformer/.*attn\w*/v_proj", "all"),
+        "o": (r"mask_decoder/transformer/.*attn\w*/out_proj", "all"),
+        "mlp": (r"mask_decoder/transformer/layers/\d+/mlp/lin[12]", "all"),
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Which layers get low-rank factors, and how they are scaled."""
+
+    rank: int = 4
+    alpha: float | None = None  # scale = alpha / rank; None: scale 1, as in SAMed
+    dropout: float = 0.0  # probability of dropping an entry of the side path's input
+    projections: tuple[str, ...] = ("q", "v")  # of q, k, v, o, mlp
+    parts: tuple[str, ...] = ("image_encoder",)  # of image_encoder, mask_decoder
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        for name, values, known in (
+            ("projections", self.projections, TARGETS["image_encoder"]),
+            ("parts", self.parts, TARGETS),
+        ):
+            unknown = [value for value in values if value not in known]
+            if unknown or not values:
+                raise ValueError(f"{name} must be some of {list(known)}, got {list(values)}")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the side path."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What a fine-tuning run adds to a base model.
+
+    factors: low-rank factors as described above; scale: of their product; params: parameters that
+    were tuned outright (a fresh mask head, say) and replace the base's.
+    """
+
+    factors: Params
+    scale: float = 1.0
+    params: Params = field(default_factory=dict)
+
+
+def find_targets(params: Params, config: LoraConfig) -> list[tuple[str, str]]:
+    """(path of a dense layer, block) for each pair of factors, in the order of the layers.
+
+    Raises ``ValueError`` if a requested projection matches no layer of ``params``.
+    """
+    layers = [p.removesuffix("/kernel") for p in flatten(params) if p.endswith("/kernel")]
+    found = []
+    for part in config.parts:
+        for projection in config.projections:
+            pattern, block = TARGETS[part][projection]
+            matches = [(layer, block) for layer in layers if re.fullmatch(pattern, layer)]
+            if not matches:
+                raise ValueError(f"LoRA on {projection!r} of {part!r}: no layer matches {pattern!r}")
+            found += matches
+    return sorted(found, key=lambda target: (layers.index(target[0]), target[1]))
+
+
+def init_factors(params: Params, config: LoraConfig, key: jax.Array) -> Params:
+    """Fresh float32 factors: ``a`` uniform in ±1/√in (Kaiming with a = √5), ``b`` zero.
+
+    The model therefore starts as the base model.  Raises ``ValueError`` naming the layer if the
+    rank exceeds a side of its matrix.
+    """
+    flat, factors = flatten(params), {}
+    for index, (layer, block) in enumerate(find_targets(params, config)):
+        features_in, width = flat[f"{layer}/kernel"].shape
+        start, stop = block_columns(block, width)
+        if config.rank > min(features_in, stop - start):
+            raise ValueError(
+                f"rank {config.rank} exceeds {layer} [{block}], which is "
+                f"{features_in} x {stop - start}"
+            )
+        bound = features_in**-0.5
+        own_key = jax.random.fold_in(key, index)
+        shape = (features_in, config.rank)
+        factors[f"{layer}/{block}/a"] = jax.random.uniform(own_key, shape, minval=-bound, maxval=bound)
+        factors[f"{layer}/{block}/b"] = jnp.zeros((config.rank, stop - start))
+    return unflatten(factors)
+
+
+def factor_pairs(factors: Params) -> list[tuple[str, str, jax.Array, jax.Array]]:
+    """(path of the dense layer, block, a, b) of every pair of an adapter's factors."""
+    flat, pairs = flatten(factors), []
+    for path in flat:
+        if path.endswith("/a"):
+            layer, block = path.removesuffix("/a").rsplit("/", 1)
+            pairs.append((layer, block, flat[path], flat[f"{layer}/{block}/b"]))
+    return pairs
+
+
+def merge(params: Params, adapter: Adapter) -> Params:
+    """Plain parameters of the tuned model: ``kernel[:, block] + scale · a b``, float32.
+
+    Raises ``ValueError`` naming every layer that the model lacks or whose shape does not fit.
+    """
+    flat, problems = dict(flatten(params)), []
+    for layer, block, a, b in factor_pairs(adapter.factors):
+        kernel = flat.get(f"{layer}/kernel")
+        if kernel is None:
+            problems.append(f"{layer}: the model has no such layer")
+            continue
+        start, stop = block_columns(block, kernel.shape[1])
+        if (a.shape[0], b.shape[1]) != (kernel.shape[0], stop - start):
+            problems.append(
+                f"{layer} [{block}]: the factors make {a.shape[0]} x {b.shape[1]}, the model has "
+                f"{kernel.shape[0]} x {stop - start}"
+            )
+            continue
+        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        delta = jnp.asarray(adapter.scale * product, jnp.float32)
+        flat[f"{layer}/kernel"] = jnp.asarray(kernel).at[:, start:stop].add(delta)
+    for path, leaf in flatten(adapter.params).items():
+        if path not in flat or flat[path].shape != leaf.shape:
+            found = flat[path].shape if path in flat else "no such parameter"
+            problems.append(f"{path}: the adapter has shape {leaf.shape}, the model {found}")
+        else:
+            flat[path] = leaf
+    if problems:
+        raise ValueError("the adapter does not fit the model:\n  " + "\n  ".join(problems))
+    return unflatten(flat)
+
+
+def count(factors: Params) -> int:
+    """Number of values in the factors."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(factors))

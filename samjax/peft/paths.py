@@ -1,0 +1,92 @@
+"""Strict labels for parameters by the path of each leaf.
+
+A label says how a parameter is trained (``train``, ``freeze``, …).  Every parameter gets exactly
+one: a path that no rule covers, and a rule that covers no path, are errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+FREEZE = "freeze"
+
+
+def path_name(path: tuple) -> str:
+    """A key path of ``jax.tree_util`` as ``a/b/0/c``."""
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+
+
+def label_by_path(params: Any, rules: Sequence[tuple[str, str]]) -> Any:
+    """A tree like ``params`` with a label at each leaf: that of the first rule whose regular
+    expression matches the whole path.
+
+    Raises ``ValueError`` naming every parameter without a rule and every rule that matches nothing.
+    """
+    compiled = [(re.compile(pattern), label) for pattern, label in rules]
+    used, uncovered = set(), []
+
+    def label(path: tuple, _: Any) -> str:
+        name = path_name(path)
+        for index, (pattern, value) in enumerate(compiled):
+            if pattern.fullmatch(name):
+                used.add(index)
+                return value
+        uncovered.append(name)
+        return ""
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    idle = [pattern.pattern for index, (pattern, _) in enumerate(compiled) if index not in used]
+    if uncovered or idle:
+        raise ValueError(
+            "labels must cover every parameter exactly, and every rule must match one:\n"
+            + "".join(f"  no rule for {name}\n" for name in uncovered)
+            + "".join(f"  nothing matches {pattern!r}\n" for pattern in idle)
+        )
+    return labels
+
+
+def split_by_label(params: Any, labels: Any, label: str) -> tuple[dict, dict]:
+    """``params`` (a nested dict) as two nested dicts: leaves with ``label``, and the others."""
+    chosen, others = {}, {}
+    for key, value in params.items():
+        if isinstance(value, dict):
+            inner = split_by_label(value, labels[key], label)
+            for target, part in zip((chosen, others), inner, strict=True):
+                if part:
+                    target[key] = part
+        else:
+            (chosen if labels[key] == label else others)[key] = value
+    return chosen, others
+
+
+def join(first: dict, second: dict) -> dict:
+    """Undoes ``split_by_label``; a leaf that both hold is a ``ValueError``."""
+    joined = dict(first)
+    for key, value in second.items():
+        if key not in joined:
+            joined[key] = value
+        elif isinstance(value, dict) and isinstance(joined[key], dict):
+            joined[key] = join(joined[key], value)
+        else:
+            raise ValueError(f"both trees hold a leaf at {key!r}")
+    return joined
+
+
+def table(params: Any, labels: Any) -> str:
+    """Parameters and bytes per label, as text for a person."""
+    counts: dict[str, list[int]] = {}
+    for leaf, label in zip(jax.tree.leaves(params), jax.tree.leaves(labels), strict=True):
+        entry = counts.setdefault(label, [0, 0, 0])
+        entry[0] += 1
+        entry[1] += leaf.size
+        entry[2] += leaf.size * leaf.dtype.itemsize
+    total = sum(entry[1] for entry in counts.values())
+    lines = [f"{'label':<10}{'tensors':>9}{'parameters':>14}{'share':>9}{'MiB':>10}"]
+    for label, (tensors, size, nbytes) in sorted(counts.items()):
+        share = f"{size / total:.2%}"
+        lines.append(f"{label:<10}{tensors:>9}{size:>14,}{share:>9}{nbytes / 2**20:>10.2f}")
+    return "\n".join(lines)

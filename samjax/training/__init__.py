@@ -1,0 +1,1 @@
+"""One training step, its losses and its metrics; knows a model only by its call signature."""

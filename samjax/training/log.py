@@ -1,0 +1,37 @@
+"""A run's metrics: every scalar to TensorBoard, the history as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from samjax.atomic import atomic_write
+
+
+class RunLog:
+    """Collects scalars by step under ``out``; use it as a context manager."""
+
+    def __init__(self, out: Path):
+        self.history: list[dict[str, float]] = []
+        self._writer = SummaryWriter(str(out / "tensorboard"))
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Records ``{name: value}`` at an optimizer step."""
+        self.history.append({"step": step, **values})
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON with sorted layout, atomically; NaN is refused (it is not JSON)."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

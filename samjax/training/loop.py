@@ -1,0 +1,143 @@
+"""One training step and one loop, for any loss over plain parameter trees.
+
+Nothing here knows a model: the caller passes ``loss(trainable, frozen, batch, key) -> (b,)``, one
+value per example, so that k accumulated micro-batches equal one big batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+Batch = Mapping[str, Any]
+Loss = Callable[[Any, Any, Batch, jax.Array], jax.Array]
+Step = Callable[["TrainState", Any, Batch, jax.Array], tuple["TrainState", dict[str, jax.Array]]]
+
+
+class TrainState(NamedTuple):
+    """What a step changes; frozen parameters are no part of it."""
+
+    step: jax.Array  # int32, number of optimizer steps taken
+    trainable: Any
+    optimizer: optax.OptState
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where it stopped and on what."""
+
+
+def warmup_cosine(peak: float, steps: int, warmup: int) -> optax.Schedule:
+    """Linear from ``peak / warmup`` to ``peak`` in ``warmup`` steps, then half a cosine to zero."""
+    warmup = min(warmup, max(steps - 1, 0))
+    cosine = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
+    if not warmup:
+        return cosine
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), cosine], [warmup]
+    )
+
+
+def adamw(schedule: optax.Schedule, weight_decay: float, clip: float | None = 1.0) -> optax.GradientTransformation:
+    """AdamW (β 0.9, 0.999) on gradients clipped to a global norm; matrices decay, vectors do not."""
+
+    def decays(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+    inner = optax.adamw(schedule, weight_decay=weight_decay, mask=decays)
+    return inner if clip is None else optax.chain(optax.clip_by_global_norm(clip), inner)
+
+
+def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; ``trainable`` is copied, since steps donate their state."""
+    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, accumulate: int = 1) -> Step:
+    """A jitted ``step(state, frozen, batch, key) -> (state, {"loss", "gradient_norm"})``.
+
+    The leading axis of every array in ``batch`` is split into ``accumulate`` micro-batches, whose
+    gradients are averaged before the one optimizer step; schedules advance once.  ``key`` is the
+    run's key, the same at every step: the step number is folded in.  ``state`` is donated.
+    """
+
+    def mean_loss(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> jax.Array:
+        return loss(trainable, frozen, batch, key).mean()
+
+    def step(state: TrainState, frozen: Any, batch: Batch, key: jax.Array):
+        keys = jax.random.split(jax.random.fold_in(key, state.step), accumulate)
+        value_and_grad = jax.value_and_grad(mean_loss)
+        if accumulate == 1:
+            value, grads = value_and_grad(state.trainable, frozen, batch, keys[0])
+        else:
+            micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+
+            def add(total: Any, part: tuple[Batch, jax.Array]):
+                return jax.tree.map(
+                    jnp.add, total, value_and_grad(state.trainable, frozen, *part)
+                ), None
+
+            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
+            total, _ = jax.lax.scan(add, zero, (micro, keys))
+            value, grads = jax.tree.map(lambda x: x / accumulate, total)
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def fit(
+    state: TrainState,
+    frozen: Any,
+    step: Step,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    key: jax.Array,
+    arrays: tuple[str, ...],
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    validate_every: int = 0,
+    validate: Callable[[int, Any], str] = lambda step, trainable: "",
+    describe: Callable[[Batch], str] = lambda batch: "",
+    progress: bool = True,
+) -> TrainState:
+    """Runs ``steps`` steps over ``batches`` with a progress bar (loss, images/s, time left).
+
+    Only the ``arrays`` of a batch go to the device.  ``validate(step, trainable)`` runs every
+    ``validate_every`` steps and after the last one; the text it returns stands in the bar.
+
+    Raises ``TrainingError`` at the first loss that is not finite, naming the step and, through
+    ``describe``, the examples of its batch; also if ``batches`` ends early.
+    """
+    iterator = iter(batches)
+    first = int(state.step)
+    note = ""
+    with tqdm(total=steps, initial=first, unit="step", disable=not progress, smoothing=0.1) as bar:
+        for index in range(first + 1, steps + 1):
+            batch = next(iterator, None)
+            if batch is None:
+                raise TrainingError(f"the data ended after {index - 1} of {steps} steps")
+            chosen = {name: batch[name] for name in arrays}
+            state, metrics = step(state, frozen, chosen, key)
+            values = {name: float(value) for name, value in metrics.items()}
+            if not np.isfinite(values["loss"]):
+                raise TrainingError(
+                    f"step {index}: the loss became {values['loss']}; the batch held "
+                    f"{describe(batch) or 'unnamed examples'}"
+                )
+            on_step(index, values)
+            if validate_every and (index % validate_every == 0 or index == steps):
+                note = validate(index, state.trainable)
+            bar.update()
+            elapsed = bar.format_dict["elapsed"] or 1e-9
+            rate = (index - first) * len(chosen[arrays[0]]) / elapsed
+            bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s {note}")
+    return state

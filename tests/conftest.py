@@ -1,0 +1,44 @@
+"""What every test gets: a fixed numerical setting, a random generator, the shared real files."""
+
+import os
+from pathlib import Path
+
+# Read when the libraries are loaded, so they must stand before the first of those imports.
+# One OpenBLAS thread: LAPACK calls on several virtual devices are 50 times slower with more.
+# Two OpenMP threads are what torch gets on the smallest machine that runs these tests.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+jax.config.update("jax_enable_x64", False)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+# A cache that outlives the run would let a test pass on what another version had compiled.
+jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real files (data sets, checkpoints), which are not part of the repository.
+
+    It is the one that the environment variable SAMJAX_SHARED_DATA names, or else `shared/data`
+    beside the checkout. A test that asks for it is skipped where there is none.
+    """
+    named = os.environ.get("SAMJAX_SHARED_DATA")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real files: {folder} is not a folder (set SAMJAX_SHARED_DATA)")
+    return folder
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator with the same seed in every test, whatever ran before."""
+    return np.random.default_rng(0)
