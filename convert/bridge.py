@@ -53,7 +53,7 @@ class BridgeError(ValueError):
         missing: {key: shape} that the model needs and the checkpoint lacks.
         unexpected: {key: shape} that the checkpoint has and the model does not know.
         misshaped: {key: (shape the model needs, shape found)}.
-    All keys and shapes are those of the checkpoint's side.
+    All keys and shapes are those of the checkpoint's side; `source` names it in the message.
     """
 
     def __init__(
@@ -61,12 +61,13 @@ class BridgeError(ValueError):
         missing: Mapping[str, tuple[int, ...]],
         unexpected: Mapping[str, tuple[int, ...]],
         misshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+        source: str = "the checkpoint",
     ) -> None:
         self.missing = dict(missing)
         self.unexpected = dict(unexpected)
         self.misshaped = dict(misshaped)
         lines = [
-            f"the checkpoint does not fit the model: {len(missing)} missing, "
+            f"{source} does not fit the model: {len(missing)} missing, "
             f"{len(unexpected)} left over, {len(misshaped)} of another shape"
         ]
         lines += _listing("missing     ", [f"{k} {s}" for k, s in self.missing.items()])
@@ -215,11 +216,9 @@ def _axes(arrangement: str, ndim: int) -> tuple[int, ...] | None:
 
 def _match_name(path: str, names: Names) -> str:
     for ours, theirs in names:
-        found = re.fullmatch(_as_regex(ours), path)
-        if found:
-            return re.sub(
-                r"\{(\w+)\}", lambda hole: found.group(hole.group(1)).replace("/", "."), theirs
-            )
+        if found := re.fullmatch(_as_regex(ours), path):
+            texts = {hole: text.replace("/", ".") for hole, text in found.groupdict().items()}
+            return theirs.format(**texts)
     raise ValueError(f"no name rule fits {path!r}")
 
 

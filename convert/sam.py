@@ -11,11 +11,12 @@ numbers of masks or other input sizes convert as well.
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import tyro
@@ -25,7 +26,7 @@ from convert.sam_shapes import describe, infer_config, strip_wrapper, variant_na
 from convert.torch_io import CheckpointError, read_checkpoint, write_torch
 from samjax.models.functional import abstract_params, init_params
 from samjax.models.sam import VARIANTS, SamConfig
-from samjax.models.weights import load_tensors, load_weights, save_weights
+from samjax.models.weights import load_weights, save_weights
 from samjax.trees import Params, flatten
 
 if TYPE_CHECKING:
@@ -112,14 +113,21 @@ def load(path: str | Path, variant: str | None = None, key: str | None = None) -
         key: see `read_checkpoint`.
 
     Raises:
-        ValueError: the file cannot be used; the message names it.
+        BridgeError: its tensors are not the model's; lists all that differ.
+        ValueError: the file cannot be used. The message names it, as BridgeError's does.
         ImportError: PyTorch is needed for this file and not installed.
     """
     path = Path(path)
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
     try:
-        loaded = _load_converted(path) if _is_converted(path) else _load_torch(path, variant, key)
+        loaded = (
+            _load_converted(path) if _samjax_metadata(path) else _load_torch(path, variant, key)
+        )
+    except bridge.BridgeError as error:
+        raise bridge.BridgeError(
+            error.missing, error.unexpected, error.misshaped, source=str(path)
+        ) from None
     except ValueError as error:
         if str(path) in str(error):
             raise
@@ -130,9 +138,8 @@ def load(path: str | Path, variant: str | None = None, key: str | None = None) -
 
 def _load_converted(path: Path) -> Loaded:
     config, params = load_weights(path)
-    _, metadata = load_tensors(path)
-    kept = {name: text for name, text in metadata.items() if name != "config"}
-    return Loaded(config, params, kept, (("source", kept.get("sha256", "unknown")),))
+    kept = {name: text for name, text in _samjax_metadata(path).items() if name != "config"}
+    return Loaded(config, params, kept, (("converted from", kept.get("sha256", "unknown")),))
 
 
 def _load_torch(path: Path, variant: str | None, key: str | None) -> Loaded:
@@ -151,14 +158,18 @@ def _load_torch(path: Path, variant: str | None, key: str | None) -> Loaded:
     return Loaded(config, params, metadata, tuple(facts))
 
 
-def _is_converted(path: Path) -> bool:
-    """A samjax file: safetensors that carry a config."""
+def _samjax_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a converted file: safetensors with a config. {} for any other file."""
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            return stream.read(1) == b"{" and b'"config"' in stream.read(min(length, 1 << 26))
-    except OSError:
-        return False  # the reader says why
+            if stream.read(1) != b"{" or length > path.stat().st_size:
+                return {}
+            stream.seek(8)
+            metadata = json.loads(stream.read(length)).get("__metadata__", {})
+    except (OSError, ValueError):
+        return {}  # the readers say what is wrong with the file
+    return metadata if "config" in metadata else {}
 
 
 def _check_variant(path: Path, config: SamConfig, variant: str | None) -> None:
@@ -248,10 +259,14 @@ def _target(arguments: Arguments) -> Path | None:
     if arguments.to_torch is not None and arguments.out is not None:
         raise ValueError("--out and --to-torch exclude each other: one run writes one file")
     target = arguments.to_torch or arguments.out
-    if target is None and _is_converted(arguments.ckpt):
+    if target is None and _samjax_metadata(arguments.ckpt):
         if arguments.verify:
             return None
-        raise ValueError(f"{arguments.ckpt}: is converted already; give --to-torch, --out or --verify")
+        raise ValueError(
+            f"{arguments.ckpt}: is converted already; give --to-torch, --out or --verify"
+        )
+    if target is None and arguments.adapter is not None:
+        raise ValueError("--adapter changes the weights; name the file with --out or --to-torch")
     target = target or arguments.ckpt.with_suffix(".safetensors")
     if target.resolve() == arguments.ckpt.resolve():
         raise ValueError(f"{target}: would overwrite the checkpoint itself; give another --out")
@@ -259,14 +274,20 @@ def _target(arguments: Arguments) -> Path | None:
 
 
 def _merge(params: Params, adapter: Path) -> Params:
-    from samjax.peft.lora import merge, read_adapter
+    from samjax.peft.adapter_files import read_adapter
+    from samjax.peft.lora import merge
 
     return merge(params, read_adapter(adapter))
 
 
 def _print_facts(*facts: tuple[str, str]) -> None:
     for what, value in facts:
-        print(f"  {what:<12} {value}")
+        print(f"  {what:<14} {value}")
+
+
+def _fail(message: object) -> int:
+    print(f"convert.sam: error: {message}", file=sys.stderr)
+    return 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -274,10 +295,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m convert.sam")
     try:
         run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        message = error.strerror if isinstance(error, OSError) and error.strerror else error
-        print(f"convert.sam: error: {message}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        # str() puts the number first; the text alone does where it names the file.
+        return _fail(error.strerror if error.strerror and error.filename is None else error)
+    except (ValueError, ImportError) as error:
+        return _fail(error)
     return 0
 
 

@@ -124,9 +124,10 @@ def variant_name(config: SamConfig) -> str:
 def describe(config: SamConfig) -> str:
     """One line for people, such as "vit_b, image 1024 x 1024, 4 mask tokens"."""
     vit, name = config.image_encoder, variant_name(config)
-    sizes = f" (width {vit.width}, depth {vit.depth}, heads {vit.heads})" if name == "custom" else ""
+    if name == "custom":
+        name += f" (width {vit.width}, depth {vit.depth}, heads {vit.heads})"
     height, width = config.image_size
-    return f"{name}{sizes}, image {height} x {width}, {config.mask_tokens} mask tokens"
+    return f"{name}, image {height} x {width}, {config.mask_tokens} mask tokens"
 
 
 def _check_is_sam(shapes: Shapes) -> None:
@@ -218,7 +219,8 @@ def _infer_windows(
     others = [side for pair in tabled if pair != grid for side in pair]
     if others:
         window = collections.Counter(others).most_common(1)[0][0]
-        return grid, window, tuple(i for i, pair in enumerate(sides) if _is_global(pair, grid, window))
+        is_global = [_is_global(pair, grid, window) for pair in sides]
+        return grid, window, tuple(index for index, yes in enumerate(is_global) if yes)
     # Every block sees the whole grid; where the grid is as large as the window, that is also what
     # a windowed block of a named variant does.
     if grid[0] == grid[1]:

@@ -63,7 +63,8 @@ def verify(config: SamConfig, params: Params, image: Path | None = None) -> list
         VerificationError: a stage differs by more than `TOLERANCE` (or is not finite).
         ImportError: the reference package is not installed.
     """
-    stages = compare(config, params, example_image(config) if image is None else read(image, config))
+    pixels = example_image(config) if image is None else read(image, config)
+    stages = compare(config, params, pixels)
     print(f"  {'stage':<28} {'largest difference':>18} {'over the std':>13}")
     for stage in stages:
         print(f"  {stage.name:<28} {stage.difference:>18.2e} {stage.relative:>13.2e}")
@@ -120,11 +121,12 @@ def read(path: Path, config: SamConfig) -> np.ndarray:
 def _prompts(config: SamConfig, size: tuple[int, int]) -> dict[str, dict[str, np.ndarray]]:
     """Two prompts, in pixels of the frame."""
     height, width = size
+    inside, outside = [0.4 * width, 0.6 * height], [0.9 * width, 0.1 * height]
     corner, opposite = [0.2 * width, 0.3 * height], [0.7 * width, 0.9 * height]
     rng = np.random.default_rng(1)
     return {
         "points": {
-            "points": np.array([[[0.4 * width, 0.6 * height], [0.9 * width, 0.1 * height]]], np.float32),
+            "points": np.array([[inside, outside]], np.float32),
             "labels": np.array([[1, 0]], np.int32),
         },
         "box and mask": {

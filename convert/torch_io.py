@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -214,9 +214,12 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
     try:
         with safe_open(path, framework="pt") as stream:
-            return {k: stream.get_tensor(k) for k in stream.keys()}, stream.metadata() or {}  # noqa: SIM118
+            tensors = {name: stream.get_tensor(name) for name in list(stream.keys())}
+            return tensors, stream.metadata() or {}
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: a truncated or damaged safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path}: a truncated or damaged safetensors file ({error})"
+        ) from error
 
 
 def _load_pickle(path: Path, container: str) -> Any:
@@ -230,13 +233,11 @@ def _load_pickle(path: Path, container: str) -> Any:
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # it fails below
             # Mapped into memory, a file of gigabytes is read once, and only where it is used.
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=container == "zip"
-            )
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=container == "zip")
     except MemoryError:
         raise
     except Exception as error:
-        wanted = _refused_global(str(error)) or _first_foreign_global(path, container)
+        wanted = _refused_global(path, container, str(error))
         if wanted:
             raise CheckpointError(
                 f"{path}: refused. Opening this file would call {wanted!r}, and a checkpoint needs "
@@ -267,47 +268,49 @@ class _StandIn:
         pass
 
 
-def _refused_global(message: str) -> str | None:
-    found = re.search(r"GLOBAL ([\w.]+)", message)
-    return found.group(1) if found else None
+def _refused_global(path: Path, container: str, message: str) -> str | None:
+    """The name that the file wanted to call; None if it is only damaged.
 
-
-def _first_foreign_global(path: Path, container: str) -> str | None:
-    """The first name in the file's pickles that is not a tensor's or a container's.
-
-    For files that the restricted reader gives up on before it comes to a name, such as pickles of
-    a newer protocol. Only looks: `pickletools` does not run a pickle.
+    PyTorch's message has it, unless the reader gave up before it came to one (pickles of a newer
+    protocol); then it is the first one in the file that is not a tensor's or a container's. Only
+    what stands in the file as a whole counts: a truncated one may end in the middle of a name.
     """
-    streams: list[io.BufferedIOBase] = []
-    if container == "zip":
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            streams = [io.BytesIO(archive.read(name)) for name in names]
-    else:
-        streams = [path.open("rb")]
-    harmless = ("torch.", "torch._utils.", "collections.", "_codecs.")
-    for stream in streams:
-        with stream:
-            for name in _globals(stream):
-                if not name.startswith(harmless) and name not in _BESIDE_WEIGHTS:
-                    return name
-    return None
+    names = _names_in(path, container)
+    found = re.search(r"GLOBAL ([\w.]+)", message)
+    if found and any(name.endswith(found.group(1)) for name in names):
+        return found.group(1)
+    harmless = ("torch.", "collections.", "_codecs.")
+    foreign = [n for n in names if not n.startswith(harmless) and n not in _BESIDE_WEIGHTS]
+    return foreign[0] if foreign else None
 
 
-def _globals(stream: io.BufferedIOBase) -> Iterator[str]:
+def _names_in(path: Path, container: str) -> list[str]:
+    """The names that the file's pickles would import. Looks only; nothing is run."""
+    if container != "zip":
+        with path.open("rb") as stream:
+            return list(_globals(stream))
+    with zipfile.ZipFile(path) as archive:
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        return [found for name in pickles for found in _globals(io.BytesIO(archive.read(name)))]
+
+
+def _globals(stream: IO[bytes]) -> Iterator[str]:
     """The names that the pickles at the start of `stream` would import."""
     strings: list[str] = []
     try:
-        while stream.peek(1) if isinstance(stream, io.BufferedReader) else True:
+        while True:
             for opcode, argument, _ in pickletools.genops(stream):
-                if isinstance(argument, str) and opcode.name not in ("GLOBAL", "INST"):
+                name = ""
+                if opcode.name in ("GLOBAL", "INST"):
+                    name = str(argument).replace(" ", ".")
+                elif opcode.name == "STACK_GLOBAL":
+                    name = ".".join(strings[-2:])
+                elif isinstance(argument, str):
                     strings.append(argument)
-                elif opcode.name in ("GLOBAL", "INST"):
-                    yield str(argument).replace(" ", ".")
-                elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
-                    yield ".".join(strings[-2:])
+                if re.fullmatch(r"[\w.]*\w", name):
+                    yield name
     except Exception:
-        return  # the tensors' bytes follow the pickles, or the file is damaged
+        return  # the file's end, the tensors' bytes that follow the pickles, or damage
 
 
 def _find_state_dict(path: Path, content: Any, key: str | None) -> tuple[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy import ndimage
 
@@ -32,7 +33,8 @@ COLOURS: tuple[Colour, ...] = (
     (255, 255, 255),
     (255, 70, 70),
 )
-_CELL = 2.6  # inches, width of a picture on a sheet
+_CELL, _SPACE, _GAP = 2.6, 0.06, 0.25  # inches: picture, between pictures, between cases
+_CAPTION, _MARGIN = 0.32, 0.12  # inches: above each picture, around the sheet
 _PIXELS = 480  # longest side of a picture on a sheet
 _NAME_LENGTH = 34  # letters of a name that fit above a picture
 
@@ -58,17 +60,9 @@ def overlay(
     Raises:
         ValueError: an image or mask of another kind, or of different sizes.
     """
-    image, mask = np.asarray(image), np.asarray(mask)
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-        raise ValueError(
-            f"image is {image.dtype} {image.shape}, expected uint8 (h, w, 3) or (h, w)"
-        )
-    if mask.dtype != bool and not np.issubdtype(mask.dtype, np.integer):
-        raise ValueError(f"mask is {mask.dtype}, expected integer labels or bool")
-    if mask.shape != image.shape[:2]:
-        raise ValueError(f"mask has shape {mask.shape}, image {image.shape[:2]}")
-    result = (image if image.ndim == 3 else np.stack([image] * 3, axis=-1)).astype(np.float32)
-    mask = mask.astype(np.int64)
+    image = _rgb(image, "image")
+    mask = _labels(mask, "mask", image.shape[:2])
+    result = image.astype(np.float32)
     width = max(1, round(max(mask.shape) / 300))
     for label in np.unique(mask[mask != 0]):
         region = mask == label
@@ -77,6 +71,26 @@ def overlay(
         result[region] += fill * (colour - result[region])
         result[region & ~inner] = colour
     return np.clip(result + 0.5, 0, 255).astype(np.uint8)
+
+
+def _rgb(image: np.ndarray, name: str) -> np.ndarray:
+    """The image as uint8 (h, w, 3), checked."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ValueError(
+            f"{name} is {image.dtype} {image.shape}, expected uint8 (h, w, 3) or (h, w)"
+        )
+    return image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
+
+
+def _labels(mask: np.ndarray, name: str, size: tuple[int, ...]) -> np.ndarray:
+    """The label map as int32, checked."""
+    mask = np.asarray(mask)
+    if mask.dtype != bool and not np.issubdtype(mask.dtype, np.integer):
+        raise ValueError(f"{name} is {mask.dtype}, expected integer labels or bool")
+    if mask.shape != size:
+        raise ValueError(f"{name} has shape {mask.shape}, the image {size}")
+    return mask.astype(np.int32)
 
 
 class Case(NamedTuple):
@@ -109,47 +123,49 @@ def overlay_sheet(
             any case has one.
         title: above everything.
         class_names: of the classes 1, 2, …: adds a legend.
-        cases_per_row: how many cases stand side by side; by default 1 up to 8 cases, then 2, and
-            3 from 33 on.
+        cases_per_row: how many cases stand side by side; by default what makes the sheet about
+            as wide as high. A name or more than three Dice values that do not fit are shortened.
         colours: of the classes, see `overlay`.
 
     Raises:
         ValueError: no case, or an image or mask that does not fit (named).
     """
     cases = [Case(*row) for row in rows]
+    cases = [case._replace(image=_rgb(case.image, f"{case.name}: image")) for case in cases]
     if not cases:
         raise ValueError("there is no case to draw")
     across = cases_per_row or (1 if len(cases) <= 8 else 2 if len(cases) <= 32 else 3)
     with_before = any(case.before is not None for case in cases)
-    columns = 4 if with_before else 3
-    lines = math.ceil(len(cases) / across)
-    aspect = max(case.image.shape[0] / case.image.shape[1] for case in cases)
+    pictures = [_pictures(case, with_before, colours) for case in cases]
 
-    # Inches. Every picture gets a caption's height above it; groups are set apart by a gap.
-    caption, gap, margin = 0.3, 0.25, 0.12
-    head = (0.4 if title else 0.0) + (0.3 if class_names else 0.0) + margin
-    cell_height = _CELL * aspect + caption
-    width = across * columns * (_CELL + 0.06) + (across - 1) * gap + 2 * margin
-    height = head + lines * (cell_height + 0.1) + margin
+    # All lengths in inches; a line of cases is as high as its tallest picture.
+    heights = [_CELL * case.image.shape[0] / case.image.shape[1] for case in cases]
+    group_width = (4 if with_before else 3) * (_CELL + _SPACE)
+    across = cases_per_row or _best_across(heights, group_width)
+    lines = [max(heights[i : i + across]) for i in range(0, len(cases), across)]
+    head = _MARGIN + (0.4 if title else 0.0) + (0.35 if class_names else 0.0)
+    width = min(across, len(cases)) * (group_width + _GAP) - _GAP + 2 * _MARGIN
+    height = head + sum(lines) + len(lines) * _CAPTION + _MARGIN
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     if title:
         figure.text(0.5, 1 - 0.28 / height, title, ha="center", va="center", fontsize=13)
     if class_names:
-        _legend(figure, class_names, colours, 1 - (head - 0.12) / height)
+        _legend(figure, class_names, colours, 1 - head / height)
 
-    for number, case in enumerate(cases):
+    bottom = height - head
+    for number, columns in enumerate(pictures):
         line, group = divmod(number, across)
-        bottom = height - head - (line + 1) * (cell_height + 0.1) + 0.1
-        left = margin + group * (columns * (_CELL + 0.06) + gap)
-        for column, (caption_text, picture) in enumerate(_pictures(case, with_before, colours)):
-            x = left + column * (_CELL + 0.06)
-            box = (x / width, bottom / height, _CELL / width, _CELL * aspect / height)
+        if group == 0:
+            bottom -= lines[line] + _CAPTION
+        for column, (caption, picture) in enumerate(columns):
+            x = _MARGIN + group * (group_width + _GAP) + column * (_CELL + _SPACE)
+            box = (x / width, bottom / height, _CELL / width, lines[line] / height)
             axes = figure.add_axes(box)
             axes.set_axis_off()
             axes.set_anchor("N")
             if picture is not None:
                 axes.imshow(picture, interpolation="antialiased")
-            axes.set_title(caption_text, fontsize=8.5, pad=3)
+            axes.set_title(caption, fontsize=8.5, pad=3, parse_math=False)
     _save(figure, path)
 
 
@@ -185,6 +201,7 @@ def curve(
     figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained", facecolor="white")
     left = figure.add_subplot()
     left.set_xlabel("step")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(alpha=0.25)
     if title:
         left.set_title(title, fontsize=11)
@@ -199,7 +216,8 @@ def curve(
         else:
             left.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
             handles += left.plot(steps, smooth, color="tab:blue", label="training loss (smoothed)")
-        left.set_ylim(bottom=min(0, np.nanmin(values)))
+        low, high = min(0.0, np.nanmin(values)), np.nanmax(values)
+        left.set_ylim(low, high + 0.05 * (high - low or 1))
     if dice in series:
         right = left.twinx() if loss in series else left
         handles += _draw_dice(right, *series[dice])
@@ -222,7 +240,7 @@ def _draw_dice(axes: Axes, steps: np.ndarray, values: np.ndarray) -> list[Line2D
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray | None:
-    """Centred mean over about a 20th of a long series, shorter at the ends; None for a short one."""
+    """Centred mean over a 20th of a long series, less at its ends; None for a short series."""
     reach = values.size // 40
     if reach < 1:
         return None
@@ -230,11 +248,17 @@ def _running_mean(values: np.ndarray) -> np.ndarray | None:
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
+def _best_across(heights: Sequence[float], group_width: float) -> int:
+    """The number of cases side by side that comes closest to a square sheet."""
+    total = sum(heights) + len(heights) * _CAPTION
+    return max(1, min(len(heights), round(math.sqrt(total / (group_width + _GAP)))))
+
+
 def _pictures(
     case: Case, with_before: bool, colours: Sequence[Colour]
 ) -> list[tuple[str, np.ndarray | None]]:
     """Caption and picture of each column of a case."""
-    image = np.asarray(case.image)
+    image = case.image
     small = max(image.shape[:2]) / _PIXELS
     size = tuple(max(1, round(side / max(small, 1))) for side in image.shape[1::-1])  # (w, h)
 
@@ -242,14 +266,8 @@ def _pictures(
         return array if small <= 1 else np.asarray(Image.fromarray(array).resize(size, how))
 
     def drawn(kind: str, mask: np.ndarray) -> np.ndarray:
-        mask = np.asarray(mask)
-        if mask.shape != image.shape[:2]:
-            raise ValueError(
-                f"{case.name}: {kind} has shape {mask.shape}, the image {image.shape[:2]}"
-            )
-        return overlay(
-            picture, shrunk(mask.astype(np.uint8), Image.Resampling.NEAREST), colours, fill=0.2
-        )
+        mask = _labels(mask, f"{case.name}: {kind}", image.shape[:2])
+        return overlay(picture, shrunk(mask, Image.Resampling.NEAREST), colours, fill=0.2)
 
     picture = shrunk(image, Image.Resampling.BOX)
     result: list[tuple[str, np.ndarray | None]] = [
@@ -269,6 +287,10 @@ def _dice_text(dice: float | Sequence[float] | None) -> str:
     if dice is None:
         return "no Dice"
     values = np.atleast_1d(np.asarray(dice, np.float64))
+    if values.size > 3:  # more numbers than fit
+        defined = values[~np.isnan(values)]
+        mean = f"{defined.mean():.3f}" if defined.size else "undefined"
+        return f"mean Dice {mean} ({defined.size} of {values.size})"
     return "Dice " + " / ".join("undefined" if np.isnan(v) else f"{v:.3f}" for v in values)
 
 

@@ -8,7 +8,7 @@ channel c is class c and channel 0 the background.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from samjax.data.folder import SegmentationDataset
 from samjax.models.functional import bind, init_params
 from samjax.models.mask_decoder import MaskPrediction
 from samjax.models.ops import resize_bilinear, resize_bilinear_numpy
@@ -219,15 +218,3 @@ def labels_at(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         labels[upsampled > best] = channel
         np.maximum(best, upsampled, out=best)
     return labels
-
-
-def mean_dice(scores: Sequence[ImageScore]) -> float:
-    """Mean over the images and classes whose Dice is defined; NaN if none is."""
-    values = np.concatenate([score.dice for score in scores]) if scores else np.zeros(0)
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else float("nan")
-
-
-def truth_at(dataset: SegmentationDataset, index: int) -> dict:
-    """Image, mask and name of an example at its original size."""
-    return dataset[index]

@@ -110,4 +110,3 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         # and some network file systems refuse this call, so a refusal is no failure to write.
         with contextlib.suppress(OSError):
             _fsync(target.parent, os.O_RDONLY)
-

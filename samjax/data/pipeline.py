@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import grain
@@ -136,10 +137,10 @@ def make_loader(
     if not len(dataset):
         raise ValueError("the data set is empty")
 
-    examples = grain.MapDataset.source(_ResizedExamples(dataset, frame_size, cache)).seed(seed)
+    positions = grain.MapDataset.range(len(dataset)).seed(seed).repeat(num_epochs)
     if shuffle:
-        examples = examples.shuffle()
-    examples = examples.repeat(num_epochs)
+        positions = positions.map_with_index(_Shuffled(len(dataset), seed))
+    examples = positions.map(_ResizedExamples(dataset, frame_size, cache))
     finish = _FinishExample(
         frame_size=frame_size,
         augment=augment or Augment(),
@@ -170,7 +171,7 @@ def make_loader(
     batches = batches[process_index:stop:process_count][start_step:]
     stream = batches.to_iter_dataset(_read_options(threads, workers))
     if workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which only absl's apps parse
+        if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which only absl's apps parse
             flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
@@ -186,6 +187,27 @@ def _read_options(threads: int | None, workers: int) -> grain.ReadOptions:
         )
         threads = 1 if workers else min(max((usable or 1) // 2, 1), 8)
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+@dataclass(frozen=True)
+class _Shuffled:
+    """The position in the data set of every place in the endless stream, epoch by epoch.
+
+    Grain's own shuffle costs 17 ms an example for 4 examples (1.3 ms for 54), because it searches
+    its way through 65,536 numbers.
+    """
+
+    count: int
+    seed: int
+
+    def __call__(self, place: int, _: int) -> int:
+        epoch, place_in_epoch = divmod(place, self.count)
+        return int(_epoch_order(self.count, self.seed, epoch)[place_in_epoch])
 
 
 class _ResizedExamples:
@@ -208,10 +230,7 @@ class _ResizedExamples:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
 
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __call__(self, index: int) -> dict[str, Any]:
         if self._cache is None:
             return self._load(index)
         # Two threads must not both decode what two epochs want at the same moment.

@@ -175,8 +175,11 @@ def random_noise(
     image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, *, std: float = 0.0
 ) -> Pair:
     """Adds Gaussian noise of a strength drawn from 0 to `std` grey levels. The mask stays."""
-    noise = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(0.0, std))
-    return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8), mask
+    noisy = rng.standard_normal(image.shape, dtype=np.float32)
+    noisy *= rng.uniform(0.0, std)  # in place from here on: the arrays are large
+    noisy += image
+    np.clip(np.rint(noisy, out=noisy), 0, 255, out=noisy)
+    return noisy.astype(np.uint8), mask
 
 
 @dataclass(frozen=True, kw_only=True)

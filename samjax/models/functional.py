@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from samjax.models.layers import Dense, SidePath
 from samjax.trees import Params, block_columns, flatten, unflatten
 
+
 @functools.lru_cache(maxsize=32)
 def _abstract_module(config, dtype: DTypeLike, remat: bool):
     """Graph definition, tree structure and the path of each leaf, without allocating anything."""
@@ -67,12 +68,13 @@ def bind(
     ``adapter_scale · (x a) b``; with ``dropout_key``, entries of ``x`` are dropped with probability
     ``adapter_dropout`` on the side path only.
 
-    Raises ``ValueError`` naming all missing, unknown and mis-shaped parameters.
+    Raises ``ValueError`` naming all missing, unknown and mis-shaped parameters, or all factors of
+    the adapter that fit no dense layer.
     """
     graph, state, treedef, paths, leaves = _abstract_module(config, dtype, remat)
-    flat = flatten(params)
+    flat, known = flatten(params), set(paths)
     problems = [f"missing: {path}" for path in paths if path not in flat]
-    problems += [f"unknown: {path}" for path in flat if path not in set(paths)]
+    problems += [f"unknown: {path}" for path in flat if path not in known]
     for path, leaf in zip(paths, leaves, strict=True):
         if path in flat and flat[path].shape != leaf.shape:
             problems.append(f"{path}: expected shape {leaf.shape}, got {flat[path].shape}")
@@ -89,16 +91,33 @@ def bind(
 
 def _lay_adapter(module, adapter: Params, scale: float, dropout: float, key) -> None:
     sides: dict[str, list[SidePath]] = {}
-    flat = flatten(adapter)
+    flat, problems = flatten(adapter), []
     for path in flat:
-        if not path.endswith("/a"):
+        pair, _, side = path.rpartition("/")
+        dense_path, _, block = pair.rpartition("/")
+        try:
+            dense = _find(module, dense_path)
+            columns = block_columns(block, dense.kernel.shape[1])
+            if side not in ("a", "b"):
+                raise ValueError("expected factors named a and b")
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
             continue
-        dense_path, block = path.removesuffix("/a").rsplit("/", 1)
-        dense = _find(module, dense_path)
-        a, b = flat[path], flat[f"{dense_path}/{block}/b"]
+        if side == "b" and f"{pair}/a" in flat:
+            continue  # dealt with together with its a
+        a, b = flat.get(f"{pair}/a"), flat.get(f"{pair}/b")
+        if a is None or b is None:
+            problems.append(f"{path}: its other half is missing")
+            continue
+        rank, outputs = a.shape[-1], columns[1] - columns[0]
+        expected = (dense.kernel.shape[0], rank), (rank, outputs)
+        if (a.shape, b.shape) != expected:
+            problems.append(f"{pair}: expected shapes {expected}, got {(a.shape, b.shape)}")
+            continue
         own_key = None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))
-        columns = block_columns(block, dense.kernel.shape[1])
         sides.setdefault(dense_path, []).append(SidePath(a, b, columns, scale, dropout, own_key))
+    if problems:
+        raise ValueError("the adapter does not fit the model:\n  " + "\n  ".join(problems))
     for dense_path, paths in sides.items():
         # The bound module lives for one call and is never split again: no NNX bookkeeping needed.
         object.__setattr__(_find(module, dense_path), "side_paths", tuple(paths))
@@ -109,8 +128,8 @@ def _find(module, path: str) -> Dense:
     for key in path.split("/"):
         try:
             found = found[int(key)] if key.isdigit() else getattr(found, key)
-        except (AttributeError, IndexError) as error:
-            raise ValueError(f"the adapter names {path!r}, which the model does not have") from error
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError("the model has no such layer") from error
     if not isinstance(found, Dense):
-        raise ValueError(f"the adapter names {path!r}, which is no dense layer")
+        raise ValueError("the model has no dense layer there")
     return found

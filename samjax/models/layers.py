@@ -6,6 +6,7 @@ need no special case.  Parameters are float32; ``dtype`` is the type of the comp
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -92,7 +93,7 @@ class Perceptron(nnx.Module):
     ):
         sizes = [width] + [hidden] * (depth - 1) + [out]
         self.layers = nnx.List(
-            [Dense(i, o, dtype=dtype, rngs=rngs) for i, o in zip(sizes, sizes[1:], strict=False)]
+            [Dense(i, o, dtype=dtype, rngs=rngs) for i, o in itertools.pairwise(sizes)]
         )
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -118,16 +119,23 @@ def _attend(
     table_h: Float[Array, "r gh d"],
     table_w: Float[Array, "gw gw d"],
 ) -> Float[Array, "b n t2 d"]:
-    """Attention of ``r`` rows of queries over all keys; the positions see the unscaled queries."""
+    """Attention of ``r`` rows of queries over all keys.
+
+    The decomposed bias ``q·R_h[row] + q·R_w[column]`` (of the unscaled queries) is folded into the
+    product: the queries get the two lists of biases as extra channels, the keys one-hot rows and
+    columns.  Exact, and no bias of the size of the scores is ever built or added.
+    """
     b, n, r, gw, d = q.shape
     gh = table_h.shape[1]
-    flat = q.reshape(b, n, r * gw, d)
-    scores = jnp.einsum("bnqd,bnkd->bnqk", flat * d**-0.5, k, preferred_element_type=jnp.float32)
-    bias_h = jnp.einsum("bnrwd,rkd->bnrwk", q, table_h, preferred_element_type=jnp.float32)
-    bias_w = jnp.einsum("bnrwd,wkd->bnrwk", q, table_w, preferred_element_type=jnp.float32)
-    scores = scores.reshape(b, n, r, gw, gh, gw) + bias_h[..., None] + bias_w[..., None, :]
-    weights = jax.nn.softmax(scores.reshape(b, n, r * gw, gh * gw), axis=-1)
-    return jnp.einsum("bnqk,bnkd->bnqd", weights.astype(v.dtype), v)
+    bias_h = jnp.einsum("bnrwd,rkd->bnrwk", q, table_h)
+    bias_w = jnp.einsum("bnrwd,wkd->bnrwk", q, table_w)
+    q = jnp.concatenate([q * d**-0.5, bias_h, bias_w], axis=-1).reshape(b, n, r * gw, -1)
+    rows, columns = np.repeat(np.eye(gh), gw, axis=0), np.tile(np.eye(gw), (gh, 1))
+    one_hot = jnp.asarray(np.concatenate([rows, columns], axis=1), k.dtype)
+    k = jnp.concatenate([k, jnp.broadcast_to(one_hot, (b, n, *one_hot.shape))], axis=-1)
+    scores = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bnqk,bnkd->bnqd", weights, v)
 
 
 class Block(nnx.Module):

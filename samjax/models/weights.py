@@ -38,7 +38,7 @@ def save_tensors(path: str | Path, tree: Mapping[str, Any], metadata: Mapping[st
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads ``{name: array}`` and the metadata of a safetensors file; ``WeightsError`` if broken."""
+    """Reads ``{name: array}`` and metadata of a safetensors file; ``WeightsError`` if broken."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
@@ -72,13 +72,20 @@ def load_weights(path: str | Path) -> tuple[SamConfig, Params]:
             f"{path}: no samjax model config in the metadata; a checkpoint of another project is "
             f"converted by: python -m convert.sam --ckpt {path}"
         )
-    config = SamConfig.from_dict(json.loads(metadata["config"]))
+    try:
+        config = SamConfig.from_dict(json.loads(metadata["config"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise WeightsError(
+            f"{path}: the model config in its metadata cannot be used ({error!r})"
+        ) from error
     expected = flatten(abstract_params(config))
     problems = [f"missing: {name}" for name in expected.keys() - flat.keys()]
     problems += [f"unknown: {name}" for name in flat.keys() - expected.keys()]
     for name in expected.keys() & flat.keys():
         if expected[name].shape != flat[name].shape:
             problems.append(f"{name}: expected {expected[name].shape}, found {flat[name].shape}")
+        elif flat[name].dtype != np.float32:
+            problems.append(f"{name}: expected float32, found {flat[name].dtype}")
         elif not np.isfinite(flat[name]).all():
             problems.append(f"{name}: holds NaN or infinite values")
     if problems:

@@ -92,7 +92,9 @@ def find_targets(params: Params, config: LoraConfig) -> list[tuple[str, str]]:
             pattern, block = TARGETS[part][projection]
             matches = [(layer, block) for layer in layers if re.fullmatch(pattern, layer)]
             if not matches:
-                raise ValueError(f"LoRA on {projection!r} of {part!r}: no layer matches {pattern!r}")
+                raise ValueError(
+                    f"LoRA on {projection!r} of {part!r}: no layer matches {pattern!r}"
+                )
             found += matches
     return sorted(found, key=lambda target: (layers.index(target[0]), target[1]))
 
@@ -115,33 +117,60 @@ def init_factors(params: Params, config: LoraConfig, key: jax.Array) -> Params:
         bound = features_in**-0.5
         own_key = jax.random.fold_in(key, index)
         shape = (features_in, config.rank)
-        factors[f"{layer}/{block}/a"] = jax.random.uniform(own_key, shape, minval=-bound, maxval=bound)
+        a = jax.random.uniform(own_key, shape, minval=-bound, maxval=bound)
+        factors[f"{layer}/{block}/a"] = a
         factors[f"{layer}/{block}/b"] = jnp.zeros((config.rank, stop - start))
     return unflatten(factors)
 
 
 def factor_pairs(factors: Params) -> list[tuple[str, str, jax.Array, jax.Array]]:
-    """(path of the dense layer, block, a, b) of every pair of an adapter's factors."""
-    flat, pairs = flatten(factors), []
+    """(path of the dense layer, block, a, b) of every pair of an adapter's factors.
+
+    Raises ``ValueError`` naming every leaf that is not part of a well-formed pair.
+    """
+    flat, pairs, problems = flatten(factors), [], []
     for path in flat:
-        if path.endswith("/a"):
-            layer, block = path.removesuffix("/a").rsplit("/", 1)
-            pairs.append((layer, block, flat[path], flat[f"{layer}/{block}/b"]))
+        pair, _, side = path.rpartition("/")
+        layer, _, block = pair.rpartition("/")
+        a, b = flat.get(f"{pair}/a"), flat.get(f"{pair}/b")
+        if not layer or block not in ("q", "k", "v", "all") or side not in ("a", "b"):
+            problems.append(f"{path}: expected '<layer>/<q, k, v or all>/<a or b>'")
+        elif a is None or b is None:
+            problems.append(f"{path}: its other half is missing")
+        elif side == "a":
+            if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
+                problems.append(f"{pair}: a {a.shape} and b {b.shape} make no product")
+            else:
+                pairs.append((layer, block, a, b))
+    if problems:
+        raise ValueError("these are no low-rank factors:\n  " + "\n  ".join(problems))
     return pairs
 
 
 def merge(params: Params, adapter: Adapter) -> Params:
     """Plain parameters of the tuned model: ``kernel[:, block] + scale · a b``, float32.
 
+    Parameters that were tuned outright replace the base's before the factors are added.
     Raises ``ValueError`` naming every layer that the model lacks or whose shape does not fit.
     """
     flat, problems = dict(flatten(params)), []
+    # First, because the factors lie on top of a kernel that was tuned outright.
+    for path, leaf in flatten(adapter.params).items():
+        if path not in flat or flat[path].shape != leaf.shape:
+            found = flat[path].shape if path in flat else "no such parameter"
+            problems.append(f"{path}: the adapter has shape {leaf.shape}, the model {found}")
+        else:
+            flat[path] = leaf
     for layer, block, a, b in factor_pairs(adapter.factors):
         kernel = flat.get(f"{layer}/kernel")
-        if kernel is None:
-            problems.append(f"{layer}: the model has no such layer")
+        if kernel is None or len(kernel.shape) != 2:
+            problems.append(f"{layer}: the model has no such dense layer")
             continue
-        start, stop = block_columns(block, kernel.shape[1])
+        try:
+            start, stop = block_columns(block, kernel.shape[1])
+        except ValueError as error:
+            problems.append(f"{layer}: {error}")
+            continue
         if (a.shape[0], b.shape[1]) != (kernel.shape[0], stop - start):
             problems.append(
                 f"{layer} [{block}]: the factors make {a.shape[0]} x {b.shape[1]}, the model has "
@@ -151,12 +180,6 @@ def merge(params: Params, adapter: Adapter) -> Params:
         product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         delta = jnp.asarray(adapter.scale * product, jnp.float32)
         flat[f"{layer}/kernel"] = jnp.asarray(kernel).at[:, start:stop].add(delta)
-    for path, leaf in flatten(adapter.params).items():
-        if path not in flat or flat[path].shape != leaf.shape:
-            found = flat[path].shape if path in flat else "no such parameter"
-            problems.append(f"{path}: the adapter has shape {leaf.shape}, the model {found}")
-        else:
-            flat[path] = leaf
     if problems:
         raise ValueError("the adapter does not fit the model:\n  " + "\n  ".join(problems))
     return unflatten(flat)

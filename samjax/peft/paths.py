@@ -17,7 +17,11 @@ FREEZE = "freeze"
 
 def path_name(path: tuple) -> str:
     """A key path of ``jax.tree_util`` as ``a/b/0/c``."""
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+
+    def text(key) -> str:
+        return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
+
+    return "/".join(text(key) for key in path)
 
 
 def label_by_path(params: Any, rules: Sequence[tuple[str, str]]) -> Any:

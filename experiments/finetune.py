@@ -1,0 +1,408 @@
+"""Fine-tune SAM on one's own folder of images and masks.
+
+    python -m experiments.finetune --images DIR --masks DIR --ckpt sam_vit_b_01ec64.pth \
+        --method lora --rank 4 --prompt box --out runs/mine
+
+Writes to ``--out``: ``adapter.safetensors`` (what the run changed; the best step by validation
+Dice), ``merged.safetensors`` (the tuned model for samjax), ``merged.pth`` (the same for Meta's
+code), ``metrics.json``, ``curve.png``, ``overlays.png`` and TensorBoard events.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from experiments import segmentation as seg
+from experiments.figures import Case, curve, overlay_sheet
+from samjax.data import Augment, FolderDataset, SegmentationDataset, make_loader, split
+from samjax.models.functional import init_params
+from samjax.models.sam import VARIANTS, SamConfig
+from samjax.models.weights import resize_params, save_weights
+from samjax.peft.adapter_files import write_adapter
+from samjax.peft.lora import LoraConfig
+from samjax.training.log import RunLog, write_json
+from samjax.training.loop import TrainingError, adamw, fit, init_state, make_step, warmup_cosine
+from samjax.training.metrics import ImageScore, mean_over_classes, summarise
+from samjax.trees import Params
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Fine-tune SAM on a folder of images and a folder of masks."""
+
+    images: Path
+    """Folder of training images."""
+    masks: Path
+    """Folder of their masks: same stem, or stem and a suffix (IDRiD_01.jpg, IDRiD_01_OD.png)."""
+    val_images: Path | None = None
+    """Folder of validation images; by default a share of the training images is held out."""
+    val_masks: Path | None = None
+    """Folder of validation masks."""
+    val_fraction: float = 0.2
+    """Share of the training images held out where no validation folder is given."""
+    test_images: Path | None = None
+    """Folder of test images, scored once at the end; by default the validation images are."""
+    test_masks: Path | None = None
+    """Folder of test masks."""
+    mask_suffix: str | None = None
+    """Only masks with this suffix, where several lie beside each other."""
+    classes: tuple[int, ...] | None = None
+    """Mask values of the classes, such as 128 255; by default masks are binary (0/1 or 0/255)."""
+
+    ckpt: Path | None = None
+    """Checkpoint to start from: Meta's .pth, or a converted .safetensors."""
+    variant: Literal["vit_xs", "vit_b", "vit_l", "vit_h"] | None = None
+    """Without --ckpt: train this model from scratch. With it: what the checkpoint has to be."""
+    image_size: int | None = None
+    """Side of the square model frame in pixels; by default the checkpoint's."""
+
+    method: Literal["lora", "decoder", "full"] = "lora"
+    """What is trained: low-rank adapters, the mask decoder, or everything."""
+    rank: int = 4
+    """LoRA: rank of the factors."""
+    alpha: float | None = None
+    """LoRA: scale is alpha / rank; by default 1."""
+    dropout: float = 0.0
+    """LoRA: dropout on the side path."""
+    projections: tuple[Literal["q", "k", "v", "o", "mlp"], ...] = ("q", "v")
+    """LoRA: which projections are adapted."""
+    parts: tuple[Literal["image_encoder", "mask_decoder"], ...] = ("image_encoder", "mask_decoder")
+    """LoRA: which parts of the model are adapted."""
+
+    prompt: tuple[Literal["none", "points", "box"], ...] = ("none",)
+    """Prompt modes; of several, one is drawn anew for each example in each epoch."""
+    num_points: int = 1
+    """Points per prompt of mode points."""
+    augment: Literal["none", "light", "strong"] = "light"
+    """Augmentation of image and mask together."""
+
+    epochs: int = 50
+    """Passes over the training images."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: int = 4
+    """Images per optimizer step."""
+    accumulate: int = 1
+    """Micro-batches per step: memory for batch_size / accumulate images is enough."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW, reached after the warmup, then a cosine to zero."""
+    warmup: int = 20
+    """Warmup steps."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay, on matrices."""
+    dice_weight: float = 0.5
+    """Share of Dice in the loss; the rest is cross-entropy."""
+    validate_every: int | None = None
+    """Steps between validations; by default one epoch, or 20 times a run if that is rarer."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters stay float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    seed: int = 0
+    """Seed of everything random."""
+    workers: int = 0
+    """Worker processes that load data; 0: threads."""
+    progress: bool = True
+    """Show the progress bar."""
+    torch_export: bool = True
+    """Write merged.pth for Meta's code (needs PyTorch: samjax[convert])."""
+    out: Path = Path("runs/finetune")
+    """Folder of the results."""
+
+    def __post_init__(self):
+        for images, masks, name in (
+            (self.val_images, self.val_masks, "val"),
+            (self.test_images, self.test_masks, "test"),
+        ):
+            if (images is None) != (masks is None):
+                raise ValueError(f"--{name}-images and --{name}-masks go together")
+        if self.ckpt is None and self.variant is None:
+            raise ValueError("give --ckpt FILE to start from, or --variant to train from scratch")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}"
+            )
+        if self.ckpt is None and self.method != "full":
+            raise ValueError(f"--method {self.method} needs --ckpt: there is nothing to adapt")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``run`` found: scores at original resolution, by prompt mode, before and after."""
+
+    before: dict[str, list[ImageScore]]
+    after: dict[str, list[ImageScore]]
+    best_step: int
+    seconds: float
+    history: list[dict[str, float]] = field(repr=False)
+
+
+def load_model(arguments: Arguments) -> tuple[SamConfig, Params]:
+    """The base model at the wanted frame size."""
+    from convert import sam
+
+    if arguments.ckpt is not None:
+        loaded = sam.load(arguments.ckpt, arguments.variant)
+        config, params = loaded.config, loaded.params
+        if arguments.image_size is not None:
+            size = (arguments.image_size, arguments.image_size)
+            config, params = resize_params(config, params, size)
+        return config, jax.tree.map(jnp.asarray, params)
+    build = VARIANTS[str(arguments.variant)]
+    size = arguments.image_size
+    config = build() if size is None else build((size, size))
+    return config, init_params(config, arguments.seed)
+
+
+def load_data(arguments: Arguments) -> tuple[SegmentationDataset, ...]:
+    """Training, validation and test set; every pair's header is checked before the work begins."""
+
+    def folder(images: Path, masks: Path) -> FolderDataset:
+        dataset = FolderDataset(images, masks, arguments.classes, arguments.mask_suffix)
+        dataset.check()
+        return dataset
+
+    train: SegmentationDataset = folder(arguments.images, arguments.masks)
+    if arguments.val_images is not None and arguments.val_masks is not None:
+        val: SegmentationDataset = folder(arguments.val_images, arguments.val_masks)
+    else:
+        train, val = split(train, arguments.val_fraction, arguments.seed)
+    test = val
+    if arguments.test_images is not None and arguments.test_masks is not None:
+        test = folder(arguments.test_images, arguments.test_masks)
+    return train, val, test
+
+
+def prepare(arguments: Arguments) -> seg.Tuning:
+    """Loads the model and splits it for the method."""
+    config, params = load_model(arguments)
+    num_classes = 1 if arguments.classes is None else len(arguments.classes)
+    fresh_head = num_classes > 1
+    if fresh_head:
+        config, params = seg.with_classes(config, params, num_classes, arguments.seed)
+    return seg.prepare(
+        config,
+        params,
+        arguments.method,
+        lora=LoraConfig(
+            rank=arguments.rank,
+            alpha=arguments.alpha,
+            dropout=arguments.dropout,
+            projections=arguments.projections,
+            parts=arguments.parts,
+        ),
+        num_classes=num_classes,
+        fresh_head=fresh_head,
+        seed=arguments.seed,
+        dtype=jnp.dtype(arguments.dtype),
+        remat=arguments.remat,
+        dice_weight=arguments.dice_weight,
+    )
+
+
+def run(arguments: Arguments) -> Result:
+    """The whole run; see the module's docstring for the files it writes."""
+    if arguments.torch_export and importlib.util.find_spec("torch") is None:
+        raise ValueError("merged.pth needs PyTorch: install samjax[convert] or --no-torch-export")
+    started = time.perf_counter()
+    train, val, test = load_data(arguments)
+    tuning = prepare(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(train)} training, {len(val)} validation, {len(test)} test images")
+    print(tuning.text)
+
+    evaluator = seg.Evaluator(tuning)
+    before, _ = evaluate(arguments, tuning, evaluator, tuning.trainable, test)
+    with RunLog(arguments.out) as log:
+        best, best_step = optimise(arguments, tuning, evaluator, train, val, log)
+    after, cases = evaluate(arguments, tuning, evaluator, best, test)
+    seconds = time.perf_counter() - started
+    result = Result(before, after, best_step, seconds, log.history)
+    write_results(arguments, tuning, best, result, cases)
+    return result
+
+
+def optimise(
+    arguments: Arguments,
+    tuning: seg.Tuning,
+    evaluator: seg.Evaluator,
+    train: SegmentationDataset,
+    val: SegmentationDataset,
+    log: RunLog,
+) -> tuple[Params, int]:
+    """Trains, and keeps (on disk as well) what validates best; returns it and its step."""
+    batch_size = min(arguments.batch_size, len(train))
+    if batch_size % arguments.accumulate:
+        raise ValueError(f"{batch_size} training images do not split into --accumulate parts")
+    per_epoch = max(len(train) // batch_size, 1)
+    steps = arguments.steps or arguments.epochs * per_epoch
+    every = arguments.validate_every or max(per_epoch, -(-steps // 20))
+    prompts = {"prompt_modes": arguments.prompt, "num_points": arguments.num_points}
+    batches = make_loader(
+        train,
+        frame_size=tuning.config.image_size,
+        batch_size=batch_size,
+        seed=arguments.seed,
+        shuffle=True,
+        augment=Augment.preset(arguments.augment),
+        num_epochs=None,
+        workers=arguments.workers,
+        **prompts,
+    )
+    val_batches = make_loader(
+        val, frame_size=tuning.config.image_size, batch_size=batch_size, box_jitter=0.0, **prompts
+    )
+    schedule = warmup_cosine(arguments.lr, steps, arguments.warmup)
+    optimizer = adamw(schedule, arguments.weight_decay)
+    step = make_step(partial(seg.batch_loss, tuning), optimizer, arguments.accumulate)
+    best: dict = {"dice": -1.0, "step": 0, "trainable": tuning.trainable}
+
+    def validate(index: int, trainable: Params) -> str:
+        scores = evaluator.frame_scores(trainable, val_batches)
+        dice, iou = (mean_over_classes(summarise(values)) for values in zip(*scores, strict=True))
+        if not np.isfinite(dice):
+            raise TrainingError("no validation image holds any foreground: Dice is undefined")
+        log.add(index, {"val_dice": dice, "val_iou": iou})
+        if dice > best["dice"]:
+            best.update(dice=dice, step=index, trainable=jax.tree.map(np.array, trainable))
+            adapter = tuning.adapter(best["trainable"])
+            write_adapter(arguments.out / "adapter.safetensors", adapter, {"step": str(index)})
+        return f"val Dice {dice:.4f} (best {best['dice']:.4f})"
+
+    def record(index: int, metrics: dict[str, float]) -> None:
+        log.add(index, {**metrics, "learning_rate": float(schedule(index - 1))})
+
+    def describe(batch: dict) -> str:
+        return ", ".join(train[int(i)]["name"] for i in batch["index"])
+
+    fit(
+        init_state(tuning.trainable, optimizer),
+        tuning.frozen,
+        step,
+        batches,
+        steps=steps,
+        key=jax.random.key(arguments.seed),
+        arrays=seg.ARRAYS,
+        on_step=record,
+        validate_every=every,
+        validate=validate,
+        describe=describe,
+        progress=arguments.progress,
+    )
+    return best["trainable"], best["step"]
+
+
+def evaluate(
+    arguments: Arguments,
+    tuning: seg.Tuning,
+    evaluator: seg.Evaluator,
+    trainable: Params,
+    dataset: SegmentationDataset,
+) -> tuple[dict[str, list[ImageScore]], dict[str, list[tuple[dict, np.ndarray]]]]:
+    """Scores at original resolution for each prompt mode, and (example, prediction) pairs of the
+    first images, by mode, for the overlays."""
+    scores, shown = {}, {}
+    for mode in arguments.prompt:
+        batches = make_loader(
+            dataset,
+            frame_size=tuning.config.image_size,
+            batch_size=min(arguments.batch_size, len(dataset)),
+            prompt_modes=mode,
+            num_points=arguments.num_points,
+            box_jitter=0.0,
+        )
+        scores[mode], shown[mode] = [], []
+        for index, labels in evaluator.original_predictions(trainable, batches):
+            example = dataset[index]
+            scores[mode].append(seg.score_image(labels, example["mask"], tuning.num_classes))
+            if len(shown[mode]) < 12:
+                shown[mode].append((example, labels))
+    return scores, shown
+
+
+def write_results(
+    arguments: Arguments, tuning: seg.Tuning, best: Params, result: Result, cases: dict
+) -> None:
+    """Merged models, metrics, curve and overlays."""
+    from convert import sam, torch_io
+
+    merged = tuning.merged(best)
+    save_weights(arguments.out / "merged.safetensors", tuning.config, merged)
+    if arguments.torch_export:
+        torch_io.write_torch(arguments.out / "merged.pth", sam.to_torch(merged))
+    settings = {
+        name: [str(v) if isinstance(v, Path) else v for v in value]
+        if isinstance(value, tuple)
+        else str(value)
+        if isinstance(value, Path)
+        else value
+        for name, value in asdict(arguments).items()
+    }
+    content = {
+        "settings": settings,
+        "seconds": round(result.seconds, 1),
+        "best_step": result.best_step,
+        "before": summary(result.before),
+        "after": summary(result.after),
+        "history": result.history,
+    }
+    write_json(arguments.out / "metrics.json", content)
+    curve(arguments.out / "curve.png", result.history, title=str(arguments.out.name))
+    mode = arguments.prompt[0]
+    rows = [
+        Case(ex["name"], ex["image"], ex["mask"], labels, list(result.after[mode][i].dice))
+        for i, (ex, labels) in enumerate(cases[mode])
+    ]
+    overlay_sheet(arguments.out / "overlays.png", rows, title=f"test images, prompt: {mode}")
+
+
+def summary(scores: dict[str, Sequence[ImageScore]]) -> dict:
+    """Dice and IoU per prompt mode and class, as JSON."""
+    return {
+        mode: {
+            name: [entry.as_json() for entry in summarise(values)]
+            for name, values in zip(("dice", "iou"), zip(*rows, strict=True), strict=True)
+        }
+        for mode, rows in scores.items()
+    }
+
+
+def print_scores(result: Result) -> None:
+    """A table for a person: Dice before and after, per prompt mode and class."""
+    print(f"{'prompt':<8}{'class':>6}{'images':>8}{'Dice before':>13}{'Dice after':>12}{'IoU after':>11}")
+    for mode, rows in result.after.items():
+        dice, iou = (summarise(values) for values in zip(*rows, strict=True))
+        old = summarise([score.dice for score in result.before[mode]])
+        for label, (was, now, overlap) in enumerate(zip(old, dice, iou, strict=True), 1):
+            print(
+                f"{mode:<8}{label:>6}{now.n:>8}{was.mean:>13.4f}{now.mean:>12.4f}{overlap.mean:>11.4f}"
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; exit code 1 and one clear message on bad input."""
+    try:
+        arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.finetune")
+        result = run(arguments)
+    except (ValueError, OSError, ImportError, TrainingError) as error:
+        print(f"experiments.finetune: error: {error}", file=sys.stderr)
+        return 1
+    print_scores(result)
+    print(f"{result.seconds:.0f} s; best step {result.best_step}; results in {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

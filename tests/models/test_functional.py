@@ -1,0 +1,198 @@
+"""The functional boundary: plain trees in, a callable model out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from samjax.models import functional
+from samjax.models.sam import SamConfig
+from samjax.models.vit import ViTConfig
+from samjax.trees import flatten, unflatten
+
+TINY = SamConfig(  # every size differs from every other, and height from width
+    image_encoder=ViTConfig(
+        image_size=(48, 80),
+        width=24,
+        depth=3,
+        heads=3,
+        mlp_ratio=1.5,
+        window=2,
+        global_blocks=(1,),
+        out_channels=32,
+    ),
+    num_multimask=2,
+    mask_channels=12,
+    decoder_depth=2,
+    decoder_heads=4,
+    decoder_mlp_width=40,
+    iou_head_width=20,
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random everywhere: position tables and biases, which start at zero, as well."""
+    rng = np.random.default_rng(1)
+    flat = flatten(functional.init_params(TINY, seed=3))
+    return unflatten(
+        {k: v + jnp.asarray(0.1 * rng.normal(size=v.shape), jnp.float32) for k, v in flat.items()}
+    )
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(2)
+    return {
+        "images": jnp.asarray(rng.uniform(0, 255, (2, 48, 80, 3)), jnp.float32),
+        "sizes": jnp.array([[48, 70], [31, 80]]),
+        "coords": jnp.asarray(rng.uniform(0, 48, (2, 3, 2)), jnp.float32),
+        "labels": jnp.array([[1, 0, -1], [2, 3, -2]]),
+    }
+
+
+def loss(params, batch, **options):
+    prediction = functional.bind(TINY, params, **options)(**batch)
+    weights = jnp.sin(jnp.arange(prediction.low_res_logits.size, dtype=jnp.float32))
+    return jnp.vdot(prediction.low_res_logits, weights) + prediction.iou.sum()
+
+
+def test_abstract_params():
+    abstract = flatten(functional.abstract_params(TINY))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in abstract.values())
+    assert {leaf.dtype for leaf in abstract.values()} == {jnp.dtype("float32")}
+    shapes = {path: leaf.shape for path, leaf in abstract.items()}
+    expected = {
+        "image_encoder/patch_embed/kernel": (16, 16, 3, 24),
+        "image_encoder/pos_embed": (1, 3, 5, 24),
+        "image_encoder/blocks/0/attn/rel_pos_h": (3, 8),  # windowed
+        "image_encoder/blocks/1/attn/rel_pos_h": (5, 8),  # global
+        "image_encoder/blocks/1/attn/rel_pos_w": (9, 8),
+        "image_encoder/blocks/2/attn/qkv/kernel": (24, 72),
+        "image_encoder/blocks/2/mlp/lin1/kernel": (24, 36),
+        "image_encoder/neck/conv2/kernel": (3, 3, 32, 32),
+        "prompt_encoder/pe_gaussian": (2, 16),
+        "prompt_encoder/point_embeddings/3/embedding": (1, 32),
+        "prompt_encoder/mask_downscaling/conv2/kernel": (2, 2, 3, 12),
+        "mask_decoder/mask_tokens/embedding": (3, 32),
+        "mask_decoder/transformer/layers/1/cross_attn_image_to_token/q_proj/kernel": (32, 16),
+        "mask_decoder/transformer/layers/0/mlp/lin2/kernel": (40, 32),
+        "mask_decoder/output_upscaling/deconv1/kernel": (2, 2, 8, 32),
+        "mask_decoder/output_hypernetworks_mlps/2/layers/2/kernel": (32, 4),
+        "mask_decoder/iou_prediction_head/layers/0/kernel": (32, 20),
+    }
+    assert expected == {path: shapes.get(path) for path in expected}
+
+
+def test_init_is_a_function_of_the_seed():
+    first, again, other = (flatten(functional.init_params(TINY, seed)) for seed in (5, 5, 6))
+    abstract = flatten(functional.abstract_params(TINY))
+    assert {k: (v.shape, v.dtype) for k, v in first.items()} == {
+        k: (v.shape, v.dtype) for k, v in abstract.items()
+    }
+    for path in first:
+        np.testing.assert_array_equal(first[path], again[path], err_msg=path)
+        assert np.isfinite(first[path]).all()
+    kernel = "image_encoder/blocks/0/attn/qkv/kernel"
+    assert not np.allclose(first[kernel], other[kernel])
+    assert not np.allclose(first[kernel], first[kernel.replace("/0/", "/1/")])
+
+
+def test_bind_names_everything_that_does_not_fit():
+    flat = flatten(functional.abstract_params(TINY))
+    del flat["image_encoder/pos_embed"], flat["mask_decoder/iou_token/embedding"]
+    flat["image_encoder/blocks/9/attn/qkv/kernel"] = jnp.zeros((24, 72))
+    flat["image_encoder/neck/conv1/kernel"] = jnp.zeros((1, 1, 24, 31))
+    with pytest.raises(ValueError, match="do not fit the model") as error:
+        functional.bind(TINY, unflatten(flat))
+    assert str(error.value).splitlines()[1:] == [
+        "  missing: image_encoder/pos_embed",
+        "  missing: mask_decoder/iou_token/embedding",
+        "  unknown: image_encoder/blocks/9/attn/qkv/kernel",
+        "  image_encoder/neck/conv1/kernel: expected shape (1, 1, 24, 32), got (1, 1, 24, 31)",
+    ]
+
+
+def test_bind_names_every_factor_that_does_not_fit(params):
+    qkv = "image_encoder/blocks/0/attn/qkv"
+    a, b = jnp.zeros((24, 2)), jnp.zeros((2, 24))
+    factors = {
+        f"{qkv}/q/a": a,
+        f"{qkv}/q/b": b,
+        f"{qkv}/v/a": a,
+        f"{qkv}/k/b": b,
+        f"{qkv}/all/a": a,
+        f"{qkv}/all/b": b,
+        f"{qkv}/z/a": a,
+        "image_encoder/blocks/7/attn/qkv/q/a": a,
+        "image_encoder/blocks/x/attn/qkv/q/a": a,
+        "image_encoder/neck/conv1/all/a": a,
+        "image_encoder/blocks/0/attn/proj/all/c": a,
+    }
+    with pytest.raises(ValueError, match="adapter does not fit") as error:
+        functional.bind(TINY, params, adapter=unflatten(factors))
+    message = str(error.value)
+    for line in (
+        f"{qkv}/v/a: its other half is missing",
+        f"{qkv}/k/b: its other half is missing",
+        f"{qkv}/all: expected shapes ((24, 2), (2, 72)), got ((24, 2), (2, 24))",
+        f"{qkv}/z/a: unknown block 'z'",
+        "image_encoder/blocks/7/attn/qkv/q/a: the model has no such layer",
+        "image_encoder/blocks/x/attn/qkv/q/a: the model has no such layer",
+        "image_encoder/neck/conv1/all/a: the model has no dense layer there",
+        "image_encoder/blocks/0/attn/proj/all/c: expected factors named a and b",
+    ):
+        assert line in message
+    assert f"{qkv}/q" not in message
+    assert len(message.splitlines()) == 9
+
+
+def test_bind_leaves_no_trace(params, batch):
+    """The abstract module is cached; neither parameters nor adapters may stay in it."""
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, params)
+    factors = {"image_encoder/blocks/0/attn/qkv/q/a": jnp.ones((24, 2))}
+    factors["image_encoder/blocks/0/attn/qkv/q/b"] = jnp.ones((2, 24))
+    images, sizes = batch["images"], batch["sizes"]
+    plain = functional.bind(TINY, params).encode_image(images, sizes)
+    adapted = functional.bind(TINY, params, adapter=unflatten(factors)).encode_image(images, sizes)
+    functional.bind(TINY, doubled).encode_image(images, sizes)
+    again = functional.bind(TINY, params).encode_image(images, sizes)
+    np.testing.assert_array_equal(again, plain)
+    assert np.abs(adapted - plain).max() > 1e-2
+
+
+def test_remat_changes_neither_output_nor_gradient(params, batch):
+    plain, gradient = jax.jit(jax.value_and_grad(loss))(params, batch)
+    remat = jax.jit(jax.value_and_grad(lambda params, batch: loss(params, batch, remat=True)))
+    recomputed, recomputed_gradient = remat(params, batch)
+    np.testing.assert_allclose(recomputed, plain, rtol=1e-5)
+    recomputed_gradient = flatten(recomputed_gradient)
+    for path, leaf in flatten(gradient).items():
+        scale = max(np.abs(leaf).max(), 1e-3)
+        np.testing.assert_allclose(
+            recomputed_gradient[path], leaf, atol=1e-5 * scale, rtol=1e-4, err_msg=path
+        )
+
+
+def test_remat_is_in_the_program(params, batch):
+    program = str(jax.make_jaxpr(lambda p: loss(p, batch, remat=True))(params))
+    assert program.count("checkpoint") == 3 + str(
+        jax.make_jaxpr(lambda p: loss(p, batch))(params)
+    ).count("checkpoint")
+
+
+def test_bfloat16_is_close_and_leaves_the_parameters_alone(params, batch):
+    def predict(dtype):
+        return jax.jit(lambda p: functional.bind(TINY, p, dtype=dtype)(**batch))(params)
+
+    exact, rounded = predict(jnp.float32), predict(jnp.bfloat16)
+    for one, other in zip(exact, rounded, strict=True):
+        assert other.dtype == jnp.float32
+        assert np.std(np.asarray(other - one)) < 0.1 * np.std(np.asarray(one))
+    assert np.abs(exact.low_res_logits - rounded.low_res_logits).max() > 0  # it did compute in it
+    embedding = functional.bind(TINY, params, dtype=jnp.bfloat16).encode_image(
+        batch["images"], batch["sizes"]
+    )
+    assert embedding.dtype == jnp.bfloat16
+    gradient = jax.jit(jax.grad(lambda p: loss(p, batch, dtype=jnp.bfloat16)))(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
