@@ -24,6 +24,7 @@ This module knows neither PyTorch nor SAM: it maps dicts of NumPy arrays.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -216,14 +217,15 @@ def _axes(arrangement: str, ndim: int) -> tuple[int, ...] | None:
 
 def _match_name(path: str, names: Names) -> str:
     for ours, theirs in names:
-        if found := re.fullmatch(_as_regex(ours), path):
+        if found := _as_regex(ours).fullmatch(path):
             texts = {hole: text.replace("/", ".") for hole, text in found.groupdict().items()}
             return theirs.format(**texts)
     raise ValueError(f"no name rule fits {path!r}")
 
 
-def _as_regex(pattern: str) -> str:
+@functools.cache
+def _as_regex(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"\{(\w+)\}", pattern)
-    return "".join(
-        f"(?P<{part}>.+)" if index % 2 else re.escape(part) for index, part in enumerate(parts)
+    return re.compile(
+        "".join(f"(?P<{part}>.+)" if i % 2 else re.escape(part) for i, part in enumerate(parts))
     )

@@ -181,13 +181,15 @@ def _check_variant(path: Path, config: SamConfig, variant: str | None) -> None:
 
 
 def _build(variant: str, checkpoint: str | Path | None = None) -> SamModel:
-    from samjax.predictor import SamModel
-
     if checkpoint is None:
         config = VARIANTS[variant]()
-        return SamModel(config, init_params(config))
-    loaded = load(checkpoint, variant)
-    return SamModel(loaded.config, loaded.params)
+        params = init_params(config)
+    else:
+        loaded = load(checkpoint, variant)
+        config, params = loaded.config, loaded.params
+    from samjax.predictor import SamModel
+
+    return SamModel(config, params)
 
 
 sam_model_registry: dict[str, Callable[..., SamModel]] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from convert.torch_io import CheckpointError
@@ -107,18 +108,15 @@ def infer_config(state_dict: Mapping[str, Any]) -> SamConfig:
 
 def variant_name(config: SamConfig) -> str:
     """The variant whose image encoder this is ("vit_b"), whatever its input size; or "custom"."""
-    vit = config.image_encoder
+    vit = _without_image_size(config.image_encoder)
     for name, variant in VARIANTS.items():
-        known = variant().image_encoder
-        if (vit.width, vit.depth, vit.heads, vit.mlp_ratio, vit.global_blocks) == (
-            known.width,
-            known.depth,
-            known.heads,
-            known.mlp_ratio,
-            known.global_blocks,
-        ):
+        if vit == _without_image_size(variant().image_encoder):
             return name
     return "custom"
+
+
+def _without_image_size(vit: ViTConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(vit).items() if name != "image_size"}
 
 
 def describe(config: SamConfig) -> str:

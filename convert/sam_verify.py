@@ -7,6 +7,7 @@ deviation of upstream's result, in float32 with exact matrix products.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from convert.reference import build_reference_sam
 from convert.sam import to_torch
 from convert.torch_io import import_torch
 from samjax.models.functional import bind
-from samjax.models.prompt_encoder import merge_prompts
+from samjax.models.mask_decoder import MaskPrediction
+from samjax.models.prompt_encoder import EncodedPrompt, merge_prompts
 from samjax.models.sam import SamConfig
 from samjax.trees import Params
 
@@ -185,35 +187,49 @@ def _run_ours(
     frame = np.zeros((1, *config.image_size, 3), np.float32)
     frame[0, : image.shape[0], : image.shape[1]] = image
 
-    @jax.jit
-    def encode(params: Params, frame: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
-        model = bind(config, params)
-        encoder, stages = model.image_encoder, {}
-        pixels = model.normalise(frame, sizes)
-        stages["patch embedding"] = encoder.patch_embed(pixels)
-        x = encoder.embed_patches(pixels)
-        for index, block in enumerate(encoder.blocks):
-            x = stages[f"block {index}"] = block(x)
-        stages["image embedding"] = encoder.neck(x)
-        return stages
-
-    @jax.jit
-    def decode(params: Params, embedding: jax.Array, coords: Any, labels: Any, mask: Any) -> Any:
-        model = bind(config, params)
-        prompt = model.encode_prompt(coords, labels, mask)
-        return prompt, model.decode(embedding, prompt)
-
     with jax.default_matmul_precision("highest"):
-        stages = encode(params, frame, jnp.array([image.shape[:2]], jnp.int32))
+        stages = _encode(config, params, frame, jnp.array([image.shape[:2]], jnp.int32))
         results = {name: np.asarray(stage) for name, stage in stages.items()}
         for name, given in prompts.items():
             coords, labels = merge_prompts(
                 given.get("points"), given.get("labels"), given.get("boxes")
             )
             mask = given["mask"][..., None] if "mask" in given else None
-            prompt, decoded = decode(params, stages["image embedding"], coords, labels, mask)
+            prompt, decoded = _decode(
+                config, params, stages["image embedding"], coords, labels, mask
+            )
             results[f"{name}: sparse prompt"] = np.asarray(prompt.sparse)
             results[f"{name}: dense prompt"] = np.asarray(prompt.dense)
             results[f"{name}: low-res logits"] = np.asarray(decoded.low_res_logits)
             results[f"{name}: predicted IoU"] = np.asarray(decoded.iou)
     return results
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(
+    config: SamConfig, params: Params, frame: jax.Array, sizes: jax.Array
+) -> dict[str, jax.Array]:
+    """Every stage of the image encoder, by its name."""
+    model = bind(config, params)
+    encoder, stages = model.image_encoder, {}
+    pixels = model.normalise(frame, sizes)
+    stages["patch embedding"] = encoder.patch_embed(pixels)
+    x = encoder.embed_patches(pixels)
+    for index, block in enumerate(encoder.blocks):
+        x = stages[f"block {index}"] = block(x)
+    stages["image embedding"] = encoder.neck(x)
+    return stages
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(
+    config: SamConfig,
+    params: Params,
+    embedding: jax.Array,
+    coords: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array | None,
+) -> tuple[EncodedPrompt, MaskPrediction]:
+    model = bind(config, params)
+    prompt = model.encode_prompt(coords, labels, mask)
+    return prompt, model.decode(embedding, prompt)

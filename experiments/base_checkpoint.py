@@ -47,9 +47,9 @@ class Arguments:
 
     out: Path = Path("experiments/assets/sam_vit_xs_phantom.pth")
     """The PyTorch file to write."""
-    steps: int = 2400
+    steps: int = 1600
     """Optimizer steps."""
-    phantoms: int = 480
+    phantoms: int = 360
     """Different training phantoms; augmentation does the rest."""
     batch_size: int = 8
     """Images per step."""
@@ -143,7 +143,9 @@ def run(arguments: Arguments) -> dict[str, float]:
 
     def scores(params: Params) -> dict[str, float]:
         found = {}
-        for target, mode in [("disc", "none")] + [(t, m) for t in TARGETS for m in ("points", "box")]:
+        for target, mode in [("disc", "none")] + [
+            (t, m) for t in TARGETS for m in ("points", "box")
+        ]:
             loader = make_loader(
                 val.only(target),
                 frame_size=config.image_size,
@@ -155,9 +157,7 @@ def run(arguments: Arguments) -> dict[str, float]:
             dice = []
             for batch in loader:
                 masks = np.asarray(predict(params, {name: batch[name] for name in ARRAYS}))
-                dice += [
-                    score_image(m, t).dice for m, t in zip(masks, batch["mask"], strict=True)
-                ]
+                dice += [score_image(m, t).dice for m, t in zip(masks, batch["mask"], strict=True)]
             found[f"{target}, {mode}"] = round(summarise(dice)[0].mean, 4)
         return found
 
@@ -177,7 +177,7 @@ def run(arguments: Arguments) -> dict[str, float]:
             steps=arguments.steps,
             key=jax.random.key(arguments.seed),
             arrays=ARRAYS,
-            validate_every=400,
+            validate_every=200,
             validate=validate,
         )
     params = jax.tree.map(np.array, state.trainable)

@@ -13,8 +13,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -25,17 +24,26 @@ import numpy as np
 import tyro
 
 from experiments import segmentation as seg
-from experiments.figures import Case, curve, overlay_sheet
+from experiments.results import (
+    MOST_SHOWN,
+    Result,
+    Shown,
+    print_scores,
+    write_figures,
+    write_metrics,
+    write_models,
+)
 from samjax.data import Augment, FolderDataset, SegmentationDataset, make_loader, split
 from samjax.models.functional import init_params
 from samjax.models.sam import VARIANTS, SamConfig
-from samjax.models.weights import resize_params, save_weights
+from samjax.models.weights import resize_params
 from samjax.peft.adapter_files import write_adapter
 from samjax.peft.lora import LoraConfig
-from samjax.training.log import RunLog, write_json
+from samjax.training.log import RunLog
 from samjax.training.loop import TrainingError, adamw, fit, init_state, make_step, warmup_cosine
 from samjax.training.metrics import ImageScore, mean_over_classes, summarise
 from samjax.trees import Params
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
@@ -132,21 +140,10 @@ class Arguments:
             raise ValueError("give --ckpt FILE to start from, or --variant to train from scratch")
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}"
+                f"--batch-size {self.batch_size} is no multiple of --accumulate {self.accumulate}"
             )
         if self.ckpt is None and self.method != "full":
             raise ValueError(f"--method {self.method} needs --ckpt: there is nothing to adapt")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What ``run`` found: scores at original resolution, by prompt mode, before and after."""
-
-    before: dict[str, list[ImageScore]]
-    after: dict[str, list[ImageScore]]
-    best_step: int
-    seconds: float
-    history: list[dict[str, float]] = field(repr=False)
 
 
 def load_model(arguments: Arguments) -> tuple[SamConfig, Params]:
@@ -224,13 +221,15 @@ def run(arguments: Arguments) -> Result:
     print(tuning.text)
 
     evaluator = seg.Evaluator(tuning)
-    before, _ = evaluate(arguments, tuning, evaluator, tuning.trainable, test)
+    before, cases_before = evaluate(arguments, tuning, evaluator, tuning.trainable, test)
     with RunLog(arguments.out) as log:
         best, best_step = optimise(arguments, tuning, evaluator, train, val, log)
-    after, cases = evaluate(arguments, tuning, evaluator, best, test)
+    after, cases_after = evaluate(arguments, tuning, evaluator, best, test)
     seconds = time.perf_counter() - started
     result = Result(before, after, best_step, seconds, log.history)
-    write_results(arguments, tuning, best, result, cases)
+    write_models(arguments.out, tuning, best, arguments.torch_export)
+    write_metrics(arguments.out, arguments, result)
+    write_figures(arguments.out, arguments.prompt[0], result, cases_before, cases_after)
     return result
 
 
@@ -310,7 +309,7 @@ def evaluate(
     evaluator: seg.Evaluator,
     trainable: Params,
     dataset: SegmentationDataset,
-) -> tuple[dict[str, list[ImageScore]], dict[str, list[tuple[dict, np.ndarray]]]]:
+) -> tuple[dict[str, list[ImageScore]], Shown]:
     """Scores at original resolution for each prompt mode, and (example, prediction) pairs of the
     first images, by mode, for the overlays."""
     scores, shown = {}, {}
@@ -327,68 +326,9 @@ def evaluate(
         for index, labels in evaluator.original_predictions(trainable, batches):
             example = dataset[index]
             scores[mode].append(seg.score_image(labels, example["mask"], tuning.num_classes))
-            if len(shown[mode]) < 12:
+            if len(shown[mode]) < MOST_SHOWN:
                 shown[mode].append((example, labels))
     return scores, shown
-
-
-def write_results(
-    arguments: Arguments, tuning: seg.Tuning, best: Params, result: Result, cases: dict
-) -> None:
-    """Merged models, metrics, curve and overlays."""
-    from convert import sam, torch_io
-
-    merged = tuning.merged(best)
-    save_weights(arguments.out / "merged.safetensors", tuning.config, merged)
-    if arguments.torch_export:
-        torch_io.write_torch(arguments.out / "merged.pth", sam.to_torch(merged))
-    settings = {
-        name: [str(v) if isinstance(v, Path) else v for v in value]
-        if isinstance(value, tuple)
-        else str(value)
-        if isinstance(value, Path)
-        else value
-        for name, value in asdict(arguments).items()
-    }
-    content = {
-        "settings": settings,
-        "seconds": round(result.seconds, 1),
-        "best_step": result.best_step,
-        "before": summary(result.before),
-        "after": summary(result.after),
-        "history": result.history,
-    }
-    write_json(arguments.out / "metrics.json", content)
-    curve(arguments.out / "curve.png", result.history, title=str(arguments.out.name))
-    mode = arguments.prompt[0]
-    rows = [
-        Case(ex["name"], ex["image"], ex["mask"], labels, list(result.after[mode][i].dice))
-        for i, (ex, labels) in enumerate(cases[mode])
-    ]
-    overlay_sheet(arguments.out / "overlays.png", rows, title=f"test images, prompt: {mode}")
-
-
-def summary(scores: dict[str, Sequence[ImageScore]]) -> dict:
-    """Dice and IoU per prompt mode and class, as JSON."""
-    return {
-        mode: {
-            name: [entry.as_json() for entry in summarise(values)]
-            for name, values in zip(("dice", "iou"), zip(*rows, strict=True), strict=True)
-        }
-        for mode, rows in scores.items()
-    }
-
-
-def print_scores(result: Result) -> None:
-    """A table for a person: Dice before and after, per prompt mode and class."""
-    print(f"{'prompt':<8}{'class':>6}{'images':>8}{'Dice before':>13}{'Dice after':>12}{'IoU after':>11}")
-    for mode, rows in result.after.items():
-        dice, iou = (summarise(values) for values in zip(*rows, strict=True))
-        old = summarise([score.dice for score in result.before[mode]])
-        for label, (was, now, overlap) in enumerate(zip(old, dice, iou, strict=True), 1):
-            print(
-                f"{mode:<8}{label:>6}{now.n:>8}{was.mean:>13.4f}{now.mean:>12.4f}{overlap.mean:>11.4f}"
-            )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -126,11 +126,11 @@ def prepare(
     if method == "lora":
         trainable["factors"] = init_factors(params, lora, jax.random.key(seed))
         sizes = [leaf.size for leaf in jax.tree.leaves(trainable["factors"])]
-        text += f"\n{'factors':<10}{len(sizes):>9}{sum(sizes):>14,}{'':>9}{sum(sizes) / 2**18:>10.2f}"
+        text += (
+            f"\n{'factors':<10}{len(sizes):>9}{sum(sizes):>14,}{'':>9}{sum(sizes) / 2**18:>10.2f}"
+        )
     own_lora = lora if method == "lora" else None
-    return Tuning(
-        config, method, trainable, frozen, own_lora, num_classes, text=text, **options
-    )
+    return Tuning(config, method, trainable, frozen, own_lora, num_classes, text=text, **options)
 
 
 def frame_logits(config: SamConfig, prediction: MaskPrediction, num_classes: int) -> jax.Array:
@@ -186,8 +186,9 @@ class Evaluator:
             logits = np.asarray(self._predict(trainable, batch))
             for row in np.flatnonzero(batch["valid"]):
                 height, width = batch["size"][row]
-                yield int(batch["index"][row]), labels_at(
-                    logits[row, :height, :width], tuple(batch["original_size"][row])
+                yield (
+                    int(batch["index"][row]),
+                    labels_at(logits[row, :height, :width], tuple(batch["original_size"][row])),
                 )
 
     def _predict(self, trainable: Params, batch: dict) -> jax.Array:
@@ -208,7 +209,7 @@ def _to_labels(logits: np.ndarray) -> np.ndarray:
 
 
 def labels_at(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Logits ``(h, w[, k + 1])`` of the unpadded frame to a label map of ``size`` (height, width)."""
+    """Logits ``(h, w[, k + 1])`` of the unpadded frame to a label map of ``size`` (h, w)."""
     if logits.ndim == 2:
         return _to_labels(resize_bilinear_numpy(logits, size))
     best = np.full(size, -np.inf, np.float32)

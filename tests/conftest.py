@@ -14,6 +14,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import jax
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -22,6 +23,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 # A cache that outlives the run would let a test pass on what another version had compiled.
 jax.config.update("jax_enable_compilation_cache", False)
+
+# Shapes and types in the models' signatures are checked at each call, here and nowhere else.
+install_import_hook("samjax.models", "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

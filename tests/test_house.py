@@ -90,7 +90,7 @@ def test_core_install_is_light():
 
 
 def test_constraints_cover_every_dependency():
-    """Every requirement of the core, `convert`, `reference` and `dev` has a version, and fits it."""
+    """Every requirement of the core and of the extras but CUDA's has a version, which fits."""
     pins: dict[str, set[str]] = {}
     for line in (REPOSITORY / "constraints.txt").read_text("utf-8").splitlines():
         if line and not line.startswith("#"):
@@ -114,8 +114,8 @@ def test_constraints_cover_every_dependency():
 def test_file_is_short_and_finished(file: Path):
     text = file.read_text("utf-8")
     assert text.count("\n") <= LONGEST, "one file holds one idea: split it"
-    unfinished = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b|NotImplemented" + r"Error")
-    assert unfinished.findall(text) == []
+    if file != Path(__file__):  # this file names what it looks for
+        assert re.findall(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", text) == []
 
 
 def public_without_docstring(source: str) -> list[str]:
@@ -148,6 +148,7 @@ def test_finds_a_missing_docstring():
 def test_no_machine_path_in_the_tree():
     """A path of one machine, or the address of a package index, works nowhere else."""
     names = ["pyproject.toml", "constraints.txt", "Makefile", ".ci/run", ".pre-commit-config.yaml"]
-    tracked = [REPOSITORY / name for name in names] + FILES
-    forbidden = re.compile("/wo" + r"rk/|/ro" + r"ot/|/ho" + r"me/\w|file:/" + "/|index-u" + "rl")
-    assert [relative(f) for f in tracked if forbidden.search(f.read_text("utf-8"))] == []
+    files = [REPOSITORY / name for name in names] + FILES
+    forbidden = re.compile(r"/(work|root|home|opt)/\w|file://|index-url")
+    found = [relative(f) for f in files if forbidden.search(f.read_text("utf-8"))]
+    assert [name for name in found if name != relative(Path(__file__))] == []

@@ -40,7 +40,7 @@ MAY_IMPORT_FROM_ELSEWHERE = {
     "samjax.trees": {"flax", "jax", "numpy"},
     "samjax.models": {"flax", "jax", "jaxtyping", "numpy", "safetensors"},
     "samjax.peft": {"jax", "jaxtyping", "numpy", "optax", "safetensors"},
-    "samjax.data": {"grain", "numpy", "PIL", "scipy", "tqdm", "tyro"},
+    "samjax.data": {"absl", "grain", "numpy", "PIL", "scipy", "tqdm", "tyro"},
 }
 # Imported inside functions only, and never in samjax.
 TORCH = {"torch", "torchvision", "segment_anything", "sam2"}

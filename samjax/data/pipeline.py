@@ -100,7 +100,8 @@ def make_loader(
         threads: that make batches ahead, in this process. By default half of the processor's
             cores, at most 8: decoding must not take the cores from the computation.
         workers: processes to make the batches in, instead of the threads. Worth it where many
-            cores decode large images. The script needs an `if __name__ == "__main__":` guard.
+            cores decode large images; each takes seconds to start. The script needs an
+            `if __name__ == "__main__":` guard.
         cache: keep every resized example in memory, 4 bytes a pixel of it (decoding a 12-megapixel
             JPEG takes about 0.2 s). Each worker process has its own.
         process_index, process_count: this host's number and the number of hosts. Each gets

@@ -106,7 +106,7 @@ def random_affine(
     outside is black and background.
 
     Args:
-        rotate: largest angle either way, in degrees.
+        rotate: largest angle either way, in degrees (a positive draw turns clockwise).
         scale: largest relative enlargement, 0.25 draws factors from 1/1.25 to 1.25.
         shift: largest shift either way, as a fraction of height and width.
     """

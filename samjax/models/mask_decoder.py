@@ -106,13 +106,11 @@ class TwoWayTransformer(nnx.Module):
                 for i in range(depth)
             ]
         )
-        self.final_attn_token_to_image = Attention(
-            width, heads, width // 2, dtype=dtype, rngs=rngs
-        )
+        self.final_attn_token_to_image = Attention(width, heads, width // 2, dtype=dtype, rngs=rngs)
         self.norm_final_attn = layer_norm(width, eps=1e-5, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens, image, image_pe, valid):
-        """tokens ``(b, s, c)``, image and image_pe ``(b, t, c)``, valid ``(b, s)`` → both updated."""
+        """tokens ``(b, s, c)``; image, image_pe ``(b, t, c)``; valid ``(b, s)``."""
         token_pe = tokens
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pe, image_pe, valid)

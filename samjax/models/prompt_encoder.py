@@ -110,7 +110,7 @@ class PromptEncoder(nnx.Module):
     ) -> EncodedPrompt:
         """Coordinates are (x, y) in pixels of the model frame, labels as listed in this module."""
         height, width = self.image_size
-        positions = self._encode_positions((coords + 0.5) / jnp.array([width, height], jnp.float32))
+        positions = self._encode_positions((coords + 0.5) / jnp.array([[[width, height]]], jnp.float32))
         learned = jnp.concatenate([embed() for embed in self.point_embeddings])  # 4 c
         known = labels >= 0
         sparse = jnp.where(
@@ -119,7 +119,9 @@ class PromptEncoder(nnx.Module):
             self.not_a_point_embed(),
         )
         if mask_logits is None:
-            dense = jnp.broadcast_to(self.no_mask_embed(), (len(coords), *self.grid, sparse.shape[-1]))
+            dense = jnp.broadcast_to(
+                self.no_mask_embed(), (len(coords), *self.grid, sparse.shape[-1])
+            )
         else:
             dense = self.mask_downscaling(mask_logits)
         valid = labels > INVALID
@@ -136,5 +138,7 @@ class PromptEncoder(nnx.Module):
         """Random Fourier features of coordinates in [0, 1]."""
         gaussian = self.pe_gaussian[...]
         # An error in these products is an error in the phase: never let an accelerator round them.
-        phase = 2 * math.pi * jnp.matmul(2 * coords - 1, gaussian, precision=jax.lax.Precision.HIGHEST)
+        phase = (
+            2 * math.pi * jnp.matmul(2 * coords - 1, gaussian, precision=jax.lax.Precision.HIGHEST)
+        )
         return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)

@@ -68,7 +68,8 @@ class PatchEmbed(nnx.Module):
         x = images.astype(self.dtype).reshape(b, h // patch, patch, w // patch, patch, 3)
         x = x.swapaxes(2, 3).reshape(b, h // patch, w // patch, patch * patch * 3)
         kernel = self.kernel[...].astype(self.dtype).reshape(patch * patch * 3, width)
-        return x @ kernel + self.bias[...].astype(self.dtype)
+        x = x @ kernel
+        return x + jnp.broadcast_to(self.bias[...].astype(self.dtype), x.shape)
 
 
 class Attention(nnx.Module):

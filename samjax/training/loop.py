@@ -43,8 +43,10 @@ def warmup_cosine(peak: float, steps: int, warmup: int) -> optax.Schedule:
     )
 
 
-def adamw(schedule: optax.Schedule, weight_decay: float, clip: float | None = 1.0) -> optax.GradientTransformation:
-    """AdamW (β 0.9, 0.999) on gradients clipped to a global norm; matrices decay, vectors do not."""
+def adamw(
+    schedule: optax.Schedule, weight_decay: float, clip: float | None = 1.0
+) -> optax.GradientTransformation:
+    """AdamW (β 0.9, 0.999), gradients clipped to a global norm; only matrices decay."""
 
     def decays(params: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)

@@ -94,7 +94,8 @@ def test_exif_rotation_is_applied_to_image_and_mask(tmp_path, rng, name, orienta
 def test_a_phones_mpo_counts_as_its_first_picture(tmp_path, rng):
     first, second = (Image.fromarray(picture(rng, 3)) for _ in range(2))
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], quality=100)
-    assert Image.open(tmp_path / "a.jpg").format == "MPO"
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.format == "MPO"
     error = np.abs(read_image(tmp_path / "a.jpg").astype(int) - np.array(first))
     assert error.mean() < np.abs(np.array(first).astype(int) - np.array(second)).mean() / 2
 
@@ -186,9 +187,10 @@ def test_a_truncated_image_is_an_error_or_whole(tmp_path, whole_files, name, dat
     try:
         image = read_image(path)
     except DataError as error:
-        assert str(path) in str(error)
+        named = str(path) in str(error)
     else:  # only the end marker is gone
-        np.testing.assert_array_equal(image, expected)
+        named = bool((image == expected).all())
+    assert named
 
 
 def write_mask(path: Path, kind: str, mask: np.ndarray) -> Path:
@@ -223,8 +225,10 @@ def write_mask(path: Path, kind: str, mask: np.ndarray) -> Path:
 @pytest.mark.parametrize("name", ["m.png", "m.tif"])
 @pytest.mark.parametrize(
     "kind",
-    ["0/1", "0/255", "one bit", "16 bits", "equal channels", "grey and alpha"]
-    + ["coloured palette", "inverted grey palette"],
+    [
+        *("0/1", "0/255", "one bit", "16 bits", "equal channels", "grey and alpha"),
+        *("coloured palette", "inverted grey palette"),
+    ],
 )
 def test_binary_masks(tmp_path, rng, kind, name, empty):
     mask = np.zeros((HEIGHT, WIDTH), bool) if empty else picture(rng) > 127
@@ -258,7 +262,7 @@ def test_declared_classes_become_labels_in_their_order(tmp_path, rng):
         ((0, 3), None, r"unknown values 3: .*--classes 3"),
         ((0, 5, 9), (9,), r"unknown values 5: the declared classes are 9, .*--classes 9,5"),
         ((0, 255), (1, 2), r"unknown values 255: the declared classes are 1, 2"),
-        (tuple(range(50)), None, r"unknown values 1, 2, .*, …: .*looks like a picture"),
+        (tuple(range(50)), None, r"unknown values 2, 3, .*, …: .*looks like a picture"),
     ],
 )
 def test_unknown_mask_values_are_named_with_the_way_to_declare_them(

@@ -1,0 +1,466 @@
+"""The predictor on a tiny model: what it accepts, what comes back, what must not matter."""
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from samjax.models.functional import bind, init_params
+from samjax.models.sam import SamConfig
+from samjax.models.vit import ViTConfig
+from samjax.models.weights import save_weights
+from samjax.predictor import SamModel, SamPredictor, prompts, sam
+from samjax.predictor.__main__ import main
+from samjax.predictor.overlay import POINT_COLOURS, Drawing, draw_overlay
+
+CONFIG = SamConfig(
+    image_encoder=ViTConfig(
+        image_size=(96, 128),
+        width=24,
+        depth=2,
+        heads=3,
+        window=4,
+        global_blocks=(1,),
+        out_channels=32,
+    ),
+    mask_channels=8,
+    decoder_heads=2,
+    decoder_mlp_width=40,
+    iou_head_width=16,
+)
+SIZE = (60, 200)  # of the image; in the frame: 38 x 128
+RTOL = 2e-5  # of the deviation: float32 sums in another order
+
+
+@pytest.fixture(scope="module")
+def model() -> SamModel:
+    """Random, and spread out so that logits have both signs."""
+    return SamModel(CONFIG, init_params(CONFIG, seed=1))
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return make_image(SIZE)
+
+
+@pytest.fixture(scope="module")
+def predictor(model: SamModel, image: np.ndarray) -> SamPredictor:
+    """With the image set. Tests that set another one make their own."""
+    predictor = SamPredictor(model)
+    predictor.set_image(image)
+    return predictor
+
+
+def make_image(size: tuple[int, int], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray):
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= RTOL * expected.std()
+
+
+def differ(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool(np.abs(one - other).max() > 1e-3 * one.std())
+
+
+def test_what_comes_back(predictor: SamPredictor):
+    masks, iou, low_res = predictor.predict(np.array([[150, 30]]), np.array([1]))
+    assert (masks.shape, masks.dtype) == ((3, *SIZE), bool)
+    assert (iou.shape, iou.dtype) == ((3,), np.float32)
+    assert (low_res.shape, low_res.dtype) == ((3, 24, 32), np.float32)
+    assert 0 < masks.mean() < 1
+    logits, _, _ = predictor.predict(np.array([[150, 30]]), np.array([1]), return_logits=True)
+    assert logits.dtype == np.float32
+    assert np.array_equal(logits > 0, masks)
+
+
+def test_single_mask_is_the_first_token(predictor: SamPredictor, model: SamModel):
+    box = np.array([20, 10, 150, 50])
+    masks, iou, low_res = predictor.predict(box=box, multimask_output=False, return_logits=True)
+    assert (masks.shape, iou.shape, low_res.shape) == ((1, *SIZE), (1,), (1, 24, 32))
+    several, several_iou, _ = predictor.predict(box=box, return_logits=True)
+    module = bind(CONFIG, model.params)
+    corners = predictor.transform.apply_boxes(box, SIZE).reshape(1, 2, 2)
+    prompt = module.encode_prompt(jnp.asarray(corners, jnp.float32), jnp.array([[2, 3]]))
+    expected = module.decode(predictor.features, prompt)
+    assert_close(low_res, np.asarray(expected.low_res_logits[0, :1]))
+    assert_close(np.concatenate([iou, several_iou]), np.asarray(expected.iou[0]))
+    assert all(differ(masks[0], other) for other in several)
+
+
+def test_points_are_x_then_y(predictor: SamPredictor, model: SamModel):
+    """In the frame, by hand: x is scaled by 128 / 200 and y by 38 / 60."""
+    _, _, low_res = predictor.predict(np.array([[150, 30]]), np.array([1]))
+    module = bind(CONFIG, model.params)
+    coords = jnp.array([[[150 * 128 / 200, 30 * 38 / 60], [0, 0]]], jnp.float32)
+    prompt = module.encode_prompt(coords, jnp.array([[1, -1]]))
+    expected = module.decode(predictor.features, prompt).low_res_logits[0, 1:]
+    assert_close(low_res, np.asarray(expected))
+    with pytest.raises(ValueError, match=r"point 0 at \(x, y\) = \(30, 150\) lies outside"):
+        predictor.predict(np.array([[30, 150]]), np.array([1]))
+    _, _, elsewhere = predictor.predict(np.array([[30, 15]]), np.array([1]))
+    assert differ(low_res, elsewhere)
+
+
+def test_masks_lie_where_the_image_is(predictor: SamPredictor):
+    """The padded part of the frame is cut off before the resize to the image's size."""
+    logits, _, low_res = predictor.predict(np.array([[150, 30]]), np.array([1]), return_logits=True)
+    frame = np.asarray(sam.resize_bilinear(low_res, CONFIG.image_size))
+    assert predictor.input_size == (38, 128)
+    expected = sam.resize_bilinear_numpy(frame[:, :38, :128], SIZE)
+    assert_close(logits, expected)
+
+
+def test_invalid_slots_do_not_matter(predictor: SamPredictor, monkeypatch: pytest.MonkeyPatch):
+    points, labels = np.array([[150, 30], [20, 50], [100, 5]]), np.array([1, 0, 1])
+    expected = predictor.predict(points, labels, return_logits=True)
+    monkeypatch.setattr(prompts, "SLOTS", (16,))
+    for found, wanted in zip(
+        predictor.predict(points, labels, return_logits=True), expected, strict=True
+    ):
+        assert_close(found, wanted)
+
+
+def test_prompts_of_a_batch_do_not_see_each_other(predictor: SamPredictor, rng):
+    count = 5  # a chunk of 4 and one of 1
+    points = rng.uniform([0, 0], [200, 60], (count, 2, 2))
+    labels = rng.integers(0, 2, (count, 2))
+    corner = rng.uniform([0, 0], [100, 30], (count, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(5, 30, (count, 2))], axis=1)
+    masks = rng.normal(0, 5, (count, 1, *CONFIG.low_res_size))
+    for given in [(points, labels), (points, labels, boxes), (None, None, boxes, masks)]:
+        batch = predictor.predict(*given, return_logits=True)
+        assert [len(result) for result in batch] == [count] * 3
+        for i in range(count):
+            own = [None if array is None else array[i] for array in given]
+            for found, expected in zip(
+                batch, predictor.predict(*own, return_logits=True), strict=True
+            ):
+                assert_close(found[i], expected)
+
+
+def test_a_batch_of_one_has_no_batch_axis(predictor: SamPredictor):
+    """As upstream, whose notebook writes `box=input_box[None, :]`; `predict_torch` keeps it."""
+    box = np.array([20, 10, 150, 50])
+    for one, other in zip(
+        predictor.predict(box=box), predictor.predict(box=box[None]), strict=True
+    ):
+        assert np.array_equal(one, other)
+    in_frame = predictor.transform.apply_boxes(box, SIZE)
+    kept = predictor.predict_torch(None, None, in_frame)
+    assert [result.ndim for result in kept] == [4, 2, 4]
+    for one, other in zip(predictor.predict(box=box), kept, strict=True):
+        assert np.array_equal(one, other[0])
+
+
+def test_a_mask_prompt_counts(predictor: SamPredictor):
+    point = np.array([[150, 30]]), np.array([1])
+    _, iou, low_res = predictor.predict(*point)
+    _, _, refined = predictor.predict(*point, mask_input=low_res[iou.argmax()][None])
+    assert differ(low_res, refined)
+    alone, _, _ = predictor.predict(mask_input=low_res[:1])
+    assert alone.shape == (3, *SIZE)
+
+
+def test_no_prompt_at_all(predictor: SamPredictor):
+    """A model fine-tuned without prompts is asked without."""
+    masks, iou, _ = predictor.predict(multimask_output=False)
+    assert masks.shape == (1, *SIZE)
+    assert np.isfinite(iou).all()
+
+
+def test_classes_of_a_fine_tuned_model(image: np.ndarray):
+    """k + 1 mask tokens: `multimask_output` gives the k classes."""
+    config = dataclasses.replace(CONFIG, num_multimask=6)
+    predictor = SamPredictor(SamModel(config, init_params(config)))
+    predictor.set_image(image)
+    assert predictor.predict()[0].shape == (6, *SIZE)
+    assert predictor.predict(multimask_output=False)[0].shape == (1, *SIZE)
+
+
+def test_nothing_recompiles(model: SamModel, image: np.ndarray):
+    def use(predictor: SamPredictor, image: np.ndarray) -> None:
+        predictor.set_image(image)
+        height, width = image.shape[:2]
+        for count in (1, 2, 3):
+            points = np.tile([width / 2, height / 2], (count, 1))
+            predictor.predict(points, np.ones(count))
+        predictor.predict(box=[0, 0, width, height], multimask_output=True)
+
+    def compiled() -> list[int]:
+        return [function._cache_size() for function in (sam._encode, sam._decode, sam._select)]
+
+    use(SamPredictor(model), image)
+    before = compiled()
+    other = SamModel(CONFIG, init_params(CONFIG, seed=2))
+    second = SamPredictor(other)
+    use(second, make_image((151, 73), seed=3))
+    use(second, make_image((300, 444), seed=4))
+    assert compiled() == before
+
+
+def test_bgr(predictor: SamPredictor, model: SamModel, image: np.ndarray):
+    flipped = SamPredictor(model)
+    flipped.set_image(image[..., ::-1], image_format="BGR")
+    assert np.array_equal(flipped.get_image_embedding(), predictor.get_image_embedding())
+    flipped.set_image(image[..., ::-1])
+    assert differ(flipped.get_image_embedding(), predictor.get_image_embedding())
+
+
+def test_image_that_was_resized_already(predictor: SamPredictor, model: SamModel, image):
+    other = SamPredictor(model)
+    resized = other.transform.apply_image(image)
+    other.set_torch_image(resized.transpose(2, 0, 1)[None], SIZE)
+    assert np.array_equal(other.get_image_embedding(), predictor.get_image_embedding())
+    with pytest.raises(ValueError, match=r"expected shape \(1, 3, 38, 128\)"):
+        other.set_torch_image(resized[None], SIZE)
+    with pytest.raises(ValueError, match="NaN or values outside"):
+        other.set_torch_image(np.full((1, 3, 38, 128), np.nan), SIZE)
+
+
+def test_states(model: SamModel, image: np.ndarray):
+    predictor = SamPredictor(model)
+    assert not predictor.is_image_set
+    with pytest.raises(RuntimeError, match="no image is set"):
+        predictor.predict(np.array([[1, 1]]), np.array([1]))
+    with pytest.raises(RuntimeError, match="no image is set"):
+        predictor.get_image_embedding()
+    predictor.set_image(image)
+    assert predictor.is_image_set
+    assert predictor.original_size == SIZE
+    assert predictor.get_image_embedding().shape == (1, 32, 6, 8)
+    predictor.reset_image()
+    assert not predictor.is_image_set
+    predictor.set_image(image)
+    with pytest.raises(ValueError, match="image"):
+        predictor.set_image(image[..., 0])
+    # Nobody should get masks of the image before for the one that was refused.
+    assert not predictor.is_image_set
+
+
+def test_bfloat16(model: SamModel, predictor: SamPredictor, image: np.ndarray):
+    rough = SamPredictor(model, dtype="bfloat16")
+    rough.set_image(image)
+    assert rough.features.dtype == jnp.bfloat16
+    assert rough.get_image_embedding().dtype == np.float32
+    _, _, found = rough.predict(box=[20, 10, 150, 50])
+    _, _, expected = predictor.predict(box=[20, 10, 150, 50])
+    assert found.dtype == np.float32
+    assert 0 < np.abs(found - expected).max() < 0.5 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("image", "complaint"),
+    [
+        (np.zeros((8, 8), np.uint8), r"shape \(8, 8\); repeat a greyscale image"),
+        (np.zeros((8, 8, 4), np.uint8), "alpha"),
+        (np.zeros((3, 8, 8), np.uint8), "channels come last"),
+        (np.zeros((8, 8, 3), np.float32), "expected uint8 .* got float32"),
+        (np.full((8, 8, 3), np.nan), "with NaN"),
+        (np.zeros((0, 8, 3), np.uint8), r"\(0, 8, 3\)"),
+    ],
+)
+def test_bad_image(model: SamModel, image: np.ndarray, complaint: str):
+    with pytest.raises(ValueError, match=complaint):
+        SamPredictor(model).set_image(image)
+
+
+def test_bad_format(model: SamModel, image: np.ndarray):
+    with pytest.raises(ValueError, match="image_format 'HSV'"):
+        SamPredictor(model).set_image(image, "HSV")
+
+
+MASK = np.zeros((1, 24, 32))
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"point_coords": [[201.5, 3]], "point_labels": [1]}, r"\(201.5, 3\) lies outside .* 200"),
+        ({"point_coords": [[3, 4], [5, -2]], "point_labels": [1, 0]}, "point 1 at"),
+        (
+            {"point_coords": [[[3, 4]], [[5, 70]]], "point_labels": [[1], [1]]},
+            "point 0 of prompt 1 at",
+        ),
+        ({"point_coords": [[3, np.nan]], "point_labels": [1]}, "point_coords: holds NaN"),
+        ({"point_coords": [[3, 4]]}, "go together, got point_coords alone"),
+        ({"point_labels": [1]}, "go together, got point_labels alone"),
+        ({"point_coords": [[3, 4]], "point_labels": [1, 0]}, r"one per point, shape \(1,\)"),
+        ({"point_coords": [[3, 4]], "point_labels": [2]}, "point_labels: 2 at point 0"),
+        ({"point_coords": [[3, 4]], "point_labels": [np.nan]}, "point_labels: nan at point 0"),
+        ({"point_coords": [3, 4], "point_labels": [1]}, r"point_coords: expected .* \(p, 2\)"),
+        ({"point_coords": [[1, 2], [3]], "point_labels": [1, 1]}, "point_coords: expected"),
+        ({"point_coords": np.zeros((0, 2)), "point_labels": []}, r"got shape \(0, 2\)"),
+        ({"box": [20, 10, 150, 61.5]}, r"\[20, 10, 150, 61.5\] does not lie within the image"),
+        ({"box": [-3, 10, 150, 50]}, "does not lie within"),
+        ({"box": [300, 10, 350, 50]}, "200 wide and 60 high"),
+        ({"box": [150, 10, 20, 50]}, r"\[150, 10, 20, 50\] is empty; .* x0 < x1"),
+        ({"box": [20, 10, 20, 50]}, "is empty"),
+        ({"box": [20, 10, 150]}, r"box: expected .* \(4,\) or \(b, 4\)"),
+        ({"box": [20, 10, np.inf, 50]}, "box: holds NaN or infinite"),
+        ({"mask_input": np.zeros((1, 25, 32))}, r"mask_input: expected .* \(1, 24, 32\)"),
+        ({"mask_input": MASK[0]}, r"got shape \(24, 32\)"),
+        ({"mask_input": MASK * np.nan}, "mask_input: holds NaN"),
+        (
+            {"box": [[1, 1, 9, 9]] * 3, "mask_input": MASK},
+            r"unequal numbers of prompts \(box: 3, mask_input: 1\)",
+        ),
+    ],
+)
+def test_bad_prompt(predictor: SamPredictor, given: dict, complaint: str):
+    with pytest.raises(ValueError, match=complaint):
+        predictor.predict(**given)
+
+
+def test_prompts_on_the_edge_are_fine(predictor: SamPredictor):
+    predictor.predict(np.array([[200, 60]]), np.array([1]))
+    predictor.predict(box=[-0.5, 0, 200.6, 60])
+    # A filler has no place, so any will do.
+    predictor.predict(np.array([[5, 5], [-99, 999]]), np.array([1, -1]))
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 16, 23, 64])
+def test_chunks_cover_all(count: int):
+    rows = [row for piece in prompts.chunks(count) for row in range(count)[piece]]
+    assert rows == list(range(count))
+    assert all(piece.stop - piece.start in prompts.PROMPTS for piece in prompts.chunks(count))
+
+
+@pytest.mark.parametrize(("slots", "padded"), [(0, 4), (4, 4), (5, 16), (64, 64), (65, 128)])
+def test_slots_come_in_few_sizes(slots: int, padded: int):
+    coords, labels = prompts.pad_slots(np.ones((2, slots, 2)), np.ones((2, slots), np.int32))
+    assert coords.shape == (2, padded, 2)
+    assert (labels[:, slots:] == -2).all()
+    assert (labels[:, :slots] == 1).all()
+
+
+def test_load(model: SamModel, tmp_path: Path, image: np.ndarray, predictor: SamPredictor):
+    save_weights(tmp_path / "tiny.safetensors", CONFIG, model.params)
+    loaded = SamModel.load(tmp_path / "tiny.safetensors")
+    assert (loaded.config, loaded.image_format, loaded.mask_threshold) == (CONFIG, "RGB", 0.0)
+    again = SamPredictor(loaded)
+    again.set_image(image)
+    assert np.array_equal(again.get_image_embedding(), predictor.get_image_embedding())
+    larger = SamModel.load(tmp_path / "tiny.safetensors", image_size=(128, 128))
+    assert larger.config.image_size == (128, 128)
+    assert larger.params["image_encoder"]["pos_embed"].shape == (1, 8, 8, 24)
+
+
+# The command.
+
+
+@pytest.fixture
+def files(tmp_path: Path, model: SamModel, image: np.ndarray) -> list[str]:
+    save_weights(tmp_path / "tiny.safetensors", CONFIG, model.params)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    return [
+        *("--ckpt", str(tmp_path / "tiny.safetensors")),
+        *("--image", str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")),
+    ]
+
+
+def test_command_with_boxes(files: list[str], tmp_path: Path, predictor: SamPredictor):
+    assert main([*files, "--box", "20,10,150,50", "--box", "100,5,190,30.5"]) == 0
+    out = tmp_path / "out"
+    written = json.loads((out / "masks.json").read_text())
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("mask_000.png", "mask_001.png", "masks.json", "overlay.png"),
+    ]
+    assert written["size"] == list(SIZE)
+    boxes = [[20, 10, 150, 50], [100, 5, 190, 30.5]]
+    expected, iou, _ = predictor.predict(box=boxes, multimask_output=False)
+    for i, record in enumerate(written["masks"]):
+        stored = np.array(Image.open(out / record["file"]))
+        assert set(np.unique(stored)) <= {0, 255}
+        assert np.array_equal(stored == 255, expected[i, 0])
+        assert record["prompt"] == {"box": boxes[i]}
+        assert record["area"] == int(expected[i, 0].sum())
+        assert record["iou_prediction"] == pytest.approx(float(iou[i, 0]), rel=1e-4)
+        x0, y0, x1, y1 = record["box"]
+        assert expected[i, 0, y0:y1, x0:x1].sum() == record["area"]
+        assert expected[i, 0, y1 - 1].any()
+        assert expected[i, 0, :, x1 - 1].any()
+    assert Image.open(out / "overlay.png").size == (200, 60)
+
+
+def test_command_with_points_and_several_masks(files: list[str], tmp_path: Path):
+    points = ["--point", "150,30", "--label", "1", "--point", "20,50", "--label", "0"]
+    assert main([*files, *points, "--multimask", "--dtype", "bfloat16"]) == 0
+    masks = json.loads((tmp_path / "out" / "masks.json").read_text())["masks"]
+    assert [record["file"] for record in masks] == [f"mask_000_{i}.png" for i in range(3)]
+    assert masks[0]["prompt"] == {"points": [[150, 30], [20, 50]], "labels": [1, 0]}
+    best = max(masks, key=lambda record: record["iou_prediction"])
+    assert [record["on_overlay"] for record in masks] == [record is best for record in masks]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ([], "no prompt: give --box x0,y0,x1,y1 or --point x,y"),
+        (["--box", "1,2,3"], "--box 1,2,3: expected x0,y0,x1,y1 in pixels"),
+        (["--box", "1,2,3,four"], "--box 1,2,3,four: expected"),
+        (["--point", "3,4", "--label", "1", "--label", "0"], "1 --point but 2 --label"),
+        (["--point", "3,4", "--label", "7"], "--label 7: expected 1"),
+        (["--point", "3,4", "--box", "1,1,9,9", "--box", "2,2,9,9"], "which box"),
+        (["--box", "20,10,500,50"], "box: [20, 10, 500, 50] does not lie within the image"),
+        (["--point", "500,4"], "point 0 at (x, y) = (500, 4) lies outside"),
+        (["--box", "1,1,9,9", "--image", "missing.png"], "missing.png: not a readable image"),
+        (["--box", "1,1,9,9", "--ckpt", "missing.safetensors"], "missing.safetensors: no such"),
+        (["--box", "1,1,9,9", "--ckpt", "missing.pth"], "missing.pth: no such file"),
+    ],
+)
+def test_command_refuses(
+    files: list[str], tmp_path: Path, capsys, options: list[str], complaint: str
+):
+    assert main([*files, *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("samjax.predictor: error: ")
+    assert complaint in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_passes_the_converter_s_error_on(files: list[str], tmp_path: Path, capsys):
+    pytest.importorskip("torch")
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"weights": Path("x")}))
+    assert main([*files, "--box", "1,1,9,9", "--ckpt", str(tmp_path / "evil.pth")]) == 1
+    assert "evil.pth" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_reads_odd_images(files: list[str], tmp_path: Path, image: np.ndarray, capsys):
+    def run(name: str, picture: Image.Image, **options) -> int:
+        picture.save(tmp_path / name, **options)
+        return main([*files, "--box", "1,1,40,40", "--image", str(tmp_path / name)])
+
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown turned by a quarter
+    assert run("turned.jpg", Image.fromarray(image), exif=turned) == 0
+    assert json.loads((tmp_path / "out" / "masks.json").read_text())["size"] == [200, 60]
+    assert run("grey.png", Image.fromarray(image).convert("L")) == 0
+    assert run("opaque.png", Image.fromarray(image).convert("RGBA")) == 0
+    see_through = Image.fromarray(image).convert("RGBA")
+    see_through.putpixel((3, 3), (0, 0, 0, 100))
+    assert run("see_through.png", see_through) == 1
+    assert "transparent" in capsys.readouterr().err
+    assert run("deep.png", Image.fromarray(np.ones(SIZE, np.uint16))) == 1
+    assert "expected 8-bit" in capsys.readouterr().err
+
+
+def test_overlay_marks_masks_and_prompts():
+    image = np.full((100, 200, 3), 90, np.uint8)
+    mask = np.zeros((100, 200), bool)
+    mask[20:60, 120:180] = True
+    picture = draw_overlay(image, [Drawing(mask, [(150, 40, 1), (30, 80, 0)], (110, 10, 190, 70))])
+    assert tuple(picture[40, 150]) == POINT_COLOURS[1]
+    assert tuple(picture[80, 30]) == POINT_COLOURS[0]
+    assert tuple(picture[0, 0]) == (90, 90, 90)
+    assert tuple(picture[30, 120]) == (0, 229, 255)  # the outline
+    assert tuple(picture[30, 130]) not in ((90, 90, 90), (0, 229, 255))  # the tint
+    assert (picture[10, 110:191] != 90).any(axis=-1).all()  # the box
