@@ -19,7 +19,9 @@ endif
 # What the tests compare with. Without their dependencies: the constraints hold the torch that
 # torchvision belongs to, and segment-anything names none.
 REFERENCE := $(if $(findstring convert,$(EXTRAS)),torchvision segment-anything)
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Bytecode is compiled when a module is first used, which is sooner done than for all of them.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
+	-c constraints.txt
 comma := ,
 TEST_STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 DEMO_STAMP := $(VENV)/.installed-demo

@@ -84,7 +84,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         "image_size": config.image_size,
         "device": str(jax.devices()[0].device_kind),
         "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": torch.get_num_threads(),
         "torch": torch.__version__,
         "jax": jax.__version__,
         "malloc": MALLOC,
@@ -123,10 +123,9 @@ def stages(config, params, images: np.ndarray) -> dict[str, float]:
             seconds(lambda c=call, a=argument: jax.block_until_ready(c(params, a)))
             for _ in range(3)
         )
-    found["all_blocks"] = (
-        found["windowed_block"] * (encoder.depth - len(encoder.global_blocks))
-        + found["global_block"] * len(encoder.global_blocks)
-    )
+    found["all_blocks"] = found["windowed_block"] * (
+        encoder.depth - len(encoder.global_blocks)
+    ) + found["global_block"] * len(encoder.global_blocks)
     return {name: round(value, 4) for name, value in found.items()}
 
 

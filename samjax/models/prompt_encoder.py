@@ -110,7 +110,8 @@ class PromptEncoder(nnx.Module):
     ) -> EncodedPrompt:
         """Coordinates are (x, y) in pixels of the model frame, labels as listed in this module."""
         height, width = self.image_size
-        positions = self._encode_positions((coords + 0.5) / jnp.array([[[width, height]]], jnp.float32))
+        size = jnp.array([[[width, height]]], jnp.float32)
+        positions = self._encode_positions((coords + 0.5) / size)
         learned = jnp.concatenate([embed() for embed in self.point_embeddings])  # 4 c
         known = labels >= 0
         sparse = jnp.where(

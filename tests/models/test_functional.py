@@ -14,7 +14,7 @@ TINY = SamConfig(  # every size differs from every other, and height from width
     image_encoder=ViTConfig(
         image_size=(48, 80),
         width=24,
-        depth=3,
+        depth=2,
         heads=3,
         mlp_ratio=1.5,
         window=2,
@@ -77,8 +77,8 @@ def test_abstract_params():
         "image_encoder/blocks/0/attn/rel_pos_h": (3, 8),  # windowed
         "image_encoder/blocks/1/attn/rel_pos_h": (5, 8),  # global
         "image_encoder/blocks/1/attn/rel_pos_w": (9, 8),
-        "image_encoder/blocks/2/attn/qkv/kernel": (24, 72),
-        "image_encoder/blocks/2/mlp/lin1/kernel": (24, 36),
+        "image_encoder/blocks/1/attn/qkv/kernel": (24, 72),
+        "image_encoder/blocks/1/mlp/lin1/kernel": (24, 36),
         "image_encoder/neck/conv2/kernel": (3, 3, 32, 32),
         "prompt_encoder/pe_gaussian": (2, 16),
         "prompt_encoder/point_embeddings/3/embedding": (1, 32),
@@ -195,16 +195,17 @@ def test_remat_is_in_the_program(params, batch):
 
 
 def test_bfloat16_is_close_and_leaves_the_parameters_alone(params, batch):
-    def predict(dtype):
-        return jax.jit(lambda p: functional.bind(TINY, p, dtype=dtype)(**batch))(params)
+    def encode(dtype):
+        bound = functional.bind(TINY, params, dtype=dtype)
+        return jax.jit(bound.encode_image)(batch["images"], batch["sizes"])
 
-    exact, rounded = predict(jnp.float32), predict(jnp.bfloat16)
-    for one, other in zip(exact, rounded, strict=True):
-        assert other.dtype == jnp.float32
-        assert np.std(np.asarray(other - one)) < 0.1 * np.std(np.asarray(one))
-    assert np.abs(exact.low_res_logits - rounded.low_res_logits).max() > 0  # it did compute in it
-    bound = functional.bind(TINY, params, dtype=jnp.bfloat16)
-    embedding = jax.eval_shape(bound.encode_image, batch["images"], batch["sizes"])
-    assert embedding.dtype == jnp.bfloat16
+    exact, rounded = encode(jnp.float32), encode(jnp.bfloat16)
+    assert rounded.dtype == jnp.bfloat16
+    error = np.std(np.asarray(rounded, np.float32) - exact) / np.std(exact)
+    assert 1e-4 < error < 0.05
+
     gradient = jax.eval_shape(jax.grad(lambda p: loss(p, batch, dtype=jnp.bfloat16)), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+    whole = functional.bind(TINY, params, dtype=jnp.bfloat16)
+    for leaf in jax.eval_shape(lambda batch: whole(**batch), batch):
+        assert leaf.dtype == jnp.float32

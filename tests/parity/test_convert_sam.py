@@ -105,16 +105,10 @@ def test_files_of_full_size(tmp_path: Path):
     assert main(["--ckpt", str(converted), "--to-torch", str(back)]) == 0
     reloaded = import_segment_anything().sam_model_registry["vit_b"](checkpoint=str(back))
     assert same_bits(as_arrays(reloaded), as_arrays(model))
-
-
-def test_registry(tmp_path: Path):
-    """A user's `sam_model_registry["vit_b"](checkpoint=…)`, for both kinds of file."""
-    model = official("vit_b")
-    source = tmp_path / "sam_vit_b.pth"
-    torch.save(model.state_dict(), source)
-    ours = sam_model_registry["vit_b"](checkpoint=str(source))
-    assert ours.config == VARIANTS["vit_b"]()
-    assert same_bits(to_torch(ours.params), as_arrays(model))
+    for path in (source, converted):
+        ours = sam_model_registry["vit_b"](checkpoint=str(path))
+        assert ours.config == VARIANTS["vit_b"]()
+        assert same_bits(to_torch(ours.params), as_arrays(model))
 
 
 @pytest.mark.parametrize("config", [TINY, SQUARE], ids=["rectangle", "square"])

@@ -1,0 +1,52 @@
+"""A tiny checkpoint and tiny phantom folders for the experiments' tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from samjax.data.phantom import write_phantom_folder
+from samjax.models.functional import init_params
+from samjax.models.sam import SamConfig, ViTConfig
+from samjax.models.weights import save_weights
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> SamConfig:
+    return SamConfig(
+        image_encoder=ViTConfig(
+            image_size=(64, 64),
+            patch_size=16,
+            width=24,
+            depth=2,
+            heads=2,
+            window=3,
+            global_blocks=(1,),
+            out_channels=16,
+        ),
+        mask_channels=8,
+        decoder_mlp_width=20,
+        iou_head_width=12,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    save_weights(path, tiny_config, init_params(tiny_config, 0))
+    return path
+
+
+@pytest.fixture(scope="session")
+def phantom_folder(tmp_path_factory):
+    """Eight phantoms with binary disc masks."""
+    folder = tmp_path_factory.mktemp("phantoms") / "disc"
+    write_phantom_folder(folder, "colour", 8, size=(64, 72), seed=0, target="disc")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_class_folder(tmp_path_factory):
+    """Six phantoms with masks of two classes: 1 disc rim, 2 cup."""
+    folder = tmp_path_factory.mktemp("phantoms") / "both"
+    write_phantom_folder(folder, "colour", 6, size=(72, 64), seed=0, target="disc+cup")
+    return folder

@@ -1,0 +1,158 @@
+"""The fine-tuning command, end to end on phantoms, and its answers to bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import finetune
+from samjax.models.weights import load_weights
+from samjax.peft.adapter_files import read_adapter
+from samjax.peft.lora import merge
+from samjax.trees import flatten
+
+
+def command(folder, checkpoint, out, *more: str) -> list[str]:
+    return [
+        "--images", str(folder / "images"), "--masks", str(folder / "masks"),
+        "--ckpt", str(checkpoint), "--out", str(out), "--steps", "4", "--batch-size", "4",
+        "--validate-every", "2", "--no-progress", *more,
+    ]  # fmt: skip
+
+
+def history(out) -> list[dict]:
+    return json.loads((out / "metrics.json").read_text())["history"]
+
+
+@pytest.mark.parametrize("method", ["lora", "decoder", "full"])
+def test_a_run_leaves_all_its_results(phantom_folder, tiny_checkpoint, tmp_path, method, capsys):
+    pytest.importorskip("torch")
+    out = tmp_path / method
+    arguments = command(phantom_folder, tiny_checkpoint, out, "--method", method)
+    assert finetune.main([*arguments, "--prompt", "none", "points", "box"]) == 0
+    printed = capsys.readouterr().out
+    assert "train" in printed or method == "lora"
+    for mode in ("none", "points", "box"):
+        assert mode in printed
+    content = json.loads((out / "metrics.json").read_text())
+    assert [entry["step"] for entry in content["history"] if "loss" in entry] == [1, 2, 3, 4]
+    assert set(content["after"]) == {"none", "points", "box"}
+    assert any((out / "tensorboard").iterdir())
+    for picture in ("curve.png", "overlays.png"):
+        assert Image.open(out / picture).size[0] > 300
+
+    _, base = load_weights(tiny_checkpoint)
+    _, merged = load_weights(out / "merged.safetensors")
+    again = merge(base, read_adapter(out / "adapter.safetensors"))
+    for path, leaf in flatten(merged).items():
+        np.testing.assert_allclose(leaf, flatten(again)[path], atol=1e-7, err_msg=path)
+
+
+def test_the_merged_pth_loads_into_meta_s_code(phantom_folder, tiny_checkpoint, tmp_path):
+    torch = pytest.importorskip("torch")
+    from convert.reference import build_reference_sam
+
+    assert finetune.main(command(phantom_folder, tiny_checkpoint, tmp_path)) == 0
+    config, _ = load_weights(tmp_path / "merged.safetensors")
+    upstream = build_reference_sam(config)
+    upstream.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
+
+
+def test_the_same_seed_gives_the_same_curve(phantom_folder, tiny_checkpoint, tmp_path):
+    curves = []
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        more = ("--seed", seed, "--dropout", "0.1", "--prompt", "points", "--no-torch-export")
+        arguments = command(phantom_folder, tiny_checkpoint, tmp_path / name, *more)
+        assert finetune.main(arguments) == 0
+        curves.append(history(tmp_path / name))
+    assert curves[0] == curves[1]
+    assert curves[0] != curves[2]
+
+
+def test_several_classes_from_scratch_at_another_size(two_class_folder, tiny_checkpoint, tmp_path):
+    more = ("--classes", "1", "2", "--method", "full", "--image-size", "80", "--accumulate", "2")
+    arguments = command(two_class_folder, tiny_checkpoint, tmp_path, *more, "--no-torch-export")
+    assert finetune.main(arguments) == 0
+    config, _ = load_weights(tmp_path / "merged.safetensors")
+    assert config.image_size == (80, 80)
+    assert config.mask_tokens == 3
+    after = json.loads((tmp_path / "metrics.json").read_text())["after"]["none"]
+    assert len(after["dice"]) == 2
+
+
+def _remove_masks(folder):
+    for path in (folder / "masks").iterdir():
+        path.unlink()
+
+
+def _resize_a_mask(folder):
+    path = sorted((folder / "masks").iterdir())[0]
+    Image.open(path).resize((10, 12)).save(path)
+
+
+def _unknown_value(folder):
+    path = sorted((folder / "masks").iterdir())[0]
+    values = np.array(Image.open(path))
+    values[0, 0] = 77
+    Image.fromarray(values).save(path)
+
+
+def _truncate_an_image(folder):
+    path = sorted((folder / "images").iterdir())[0]
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def _nan_in_an_image(folder):
+    path = sorted((folder / "images").iterdir())[0]
+    size = Image.open(path).size
+    path.unlink()
+    values = np.full(size[::-1], np.nan, np.float32)
+    Image.fromarray(values).save(path.with_suffix(".tif"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (_remove_masks, "masks"),
+        (_resize_a_mask, "colour_0000"),
+        (_unknown_value, "77"),
+        (_truncate_an_image, "colour_0000"),
+        (_nan_in_an_image, "colour_0000.tif"),
+    ],
+)
+def test_bad_data_stops_the_run_with_one_message(
+    phantom_folder, tiny_checkpoint, tmp_path, capsys, spoil, expected
+):
+    shutil.copytree(phantom_folder, tmp_path / "data")
+    spoil(tmp_path / "data")
+    out = tmp_path / "out"
+    arguments = command(tmp_path / "data", tiny_checkpoint, out, "--no-torch-export")
+    assert finetune.main(arguments) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("experiments.finetune: error: ")
+    assert expected in message
+    assert "Traceback" not in message
+    assert not (out / "merged.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--rank", "999"), "rank 999 exceeds"),
+        (("--accumulate", "3"), "no multiple of --accumulate 3"),
+        (("--val-images", "somewhere"), "--val-masks"),
+        (("--ckpt", "nowhere.safetensors"), "nowhere.safetensors"),
+        (("--image-size", "65"), "65"),
+    ],
+)
+def test_bad_settings_are_named(phantom_folder, tiny_checkpoint, tmp_path, capsys, more, expected):
+    arguments = command(phantom_folder, tiny_checkpoint, tmp_path, "--no-torch-export", *more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        code = finetune.main(arguments)
+    assert code == 1
+    assert expected in capsys.readouterr().err
