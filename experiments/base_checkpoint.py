@@ -139,33 +139,12 @@ def run(arguments: Arguments) -> dict[str, float]:
     schedule = warmup_cosine(arguments.lr, arguments.steps, 100)
     optimizer = adamw(schedule, 0.05)
     step = make_step(lambda params, _, batch, __: loss(config, params, batch), optimizer)
-    predict = jax.jit(lambda params, b: _single_mask(config, params, b))
-
-    def scores(params: Params) -> dict[str, float]:
-        found = {}
-        for target, mode in [("disc", "none")] + [
-            (t, m) for t in TARGETS for m in ("points", "box")
-        ]:
-            loader = make_loader(
-                val.only(target),
-                frame_size=config.image_size,
-                batch_size=8,
-                prompt_modes=mode,
-                num_points=2,
-                box_jitter=0.0,
-            )
-            dice = []
-            for batch in loader:
-                masks = np.asarray(predict(params, {name: batch[name] for name in ARRAYS}))
-                dice += [score_image(m, t).dice for m, t in zip(masks, batch["mask"], strict=True)]
-            found[f"{target}, {mode}"] = round(summarise(dice)[0].mean, 4)
-        return found
 
     log_folder = arguments.out.parent / f"{arguments.out.stem}_log"
     with RunLog(log_folder) as log:
 
         def validate(index: int, params: Params) -> str:
-            found = scores(params)
+            found = score(config, params, val)
             log.add(index, found)
             return str(found["disc, none"])
 
@@ -180,9 +159,11 @@ def run(arguments: Arguments) -> dict[str, float]:
             validate_every=200,
             validate=validate,
         )
-    params = jax.tree.map(np.array, state.trainable)
-    dice = scores(params)
-    torch_io.write_torch(arguments.out, sam.to_torch(params))
+    # Half precision on disk halves the file; what is scored is what is stored.
+    stored = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), state.trainable)
+    dice = score(config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stored), val)
+    half = {name: leaf.astype(np.float16) for name, leaf in sam.to_torch(stored).items()}
+    torch_io.write_torch(arguments.out, half)
     report = {
         "steps": arguments.steps,
         "minutes": round((time.perf_counter() - started) / 60, 1),
@@ -191,6 +172,27 @@ def run(arguments: Arguments) -> dict[str, float]:
     }
     write_json(arguments.out.with_suffix(".json"), report)
     return dice
+
+
+def score(config: SamConfig, params: Params, phantoms: Phantoms) -> dict[str, float]:
+    """Mean Dice of the single mask, by target and prompt mode."""
+    predict = jax.jit(lambda params, batch: _single_mask(config, params, batch))
+    found = {}
+    for target, mode in [("disc", "none")] + [(t, m) for t in TARGETS for m in ("points", "box")]:
+        loader = make_loader(
+            phantoms.only(target),
+            frame_size=config.image_size,
+            batch_size=8,
+            prompt_modes=mode,
+            num_points=2,
+            box_jitter=0.0,
+        )
+        dice = []
+        for batch in loader:
+            masks = np.asarray(predict(params, {name: batch[name] for name in ARRAYS}))
+            dice += [score_image(m, t).dice for m, t in zip(masks, batch["mask"], strict=True)]
+        found[f"{target}, {mode}"] = round(summarise(dice)[0].mean, 4)
+    return found
 
 
 def _single_mask(config: SamConfig, params: Params, batch: dict) -> jax.Array:

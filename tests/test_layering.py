@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import NamedTuple
@@ -19,15 +20,16 @@ MAY_IMPORT = {
     "samjax": {"samjax"},  # samjax/__init__.py gathers the public names
     "samjax.atomic": set(),
     "samjax.trees": set(),
+    "samjax.frame": set(),
     "samjax.models": {"samjax.trees"},
     "samjax.peft": {"samjax.trees"},
-    "samjax.data": set(),  # not even the trees, which bring jax
+    "samjax.data": {"samjax.frame"},  # not the trees, which bring jax
     "samjax.training": {"samjax.trees"},
-    "samjax.predictor": {"samjax.models", "samjax.trees"},
-    "samjax.video": {"samjax.models", "samjax.trees"},
-    "samjax.amg": {"samjax.models", "samjax.trees", "samjax.predictor"},
-    # peft: an adapter is merged on the way out
-    "convert": {"samjax.models", "samjax.trees", "samjax.peft"},
+    "samjax.predictor": {"samjax.frame", "samjax.models", "samjax.trees"},
+    "samjax.video": {"samjax.frame", "samjax.models", "samjax.trees"},
+    "samjax.amg": {"samjax.frame", "samjax.models", "samjax.predictor", "samjax.trees"},
+    # An adapter is merged on the way out; `sam_model_registry` makes what the predictor takes.
+    "convert": {"samjax.models", "samjax.peft", "samjax.predictor", "samjax.trees"},
     "experiments": {"samjax", "convert"},
     "benchmarks": {"samjax", "convert"},  # upstream's weights reach our model by the bridge
 }
@@ -38,6 +40,7 @@ FOR_ALL = {"samjax.atomic"}  # writes files, and knows nothing of models or data
 MAY_IMPORT_FROM_ELSEWHERE = {
     "samjax.atomic": set(),
     "samjax.trees": {"flax", "jax", "numpy"},
+    "samjax.frame": {"numpy", "PIL"},
     "samjax.models": {"flax", "jax", "jaxtyping", "numpy", "safetensors"},
     "samjax.peft": {"jax", "jaxtyping", "numpy", "optax", "safetensors"},
     "samjax.data": {"absl", "grain", "numpy", "PIL", "scipy", "tqdm", "tyro"},
@@ -93,6 +96,7 @@ def room_of(name: str, rooms) -> str | None:
     return max(fitting, key=len, default=None)
 
 
+@cache
 def all_imports() -> list[Import]:
     files = [file for house in HOUSES for file in sorted((REPOSITORY / house).rglob("*.py"))]
     return [found for file in files for found in imports_of(file, file.read_text("utf-8"))]

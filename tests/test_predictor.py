@@ -1,6 +1,5 @@
 """The predictor on a tiny model: what it accepts, what comes back, what must not matter."""
 
-import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samjax.models.functional import bind, init_params
+from samjax.models.functional import init_params
 from samjax.models.sam import SamConfig
 from samjax.models.vit import ViTConfig
 from samjax.models.weights import save_weights
@@ -28,7 +27,9 @@ CONFIG = SamConfig(
         global_blocks=(1,),
         out_channels=32,
     ),
+    num_multimask=5,  # as after fine-tuning on five classes
     mask_channels=8,
+    decoder_depth=1,
     decoder_heads=2,
     decoder_mlp_width=40,
     iou_head_width=16,
@@ -39,7 +40,6 @@ RTOL = 2e-5  # of the deviation: float32 sums in another order
 
 @pytest.fixture(scope="module")
 def model() -> SamModel:
-    """Random, and spread out so that logits have both signs."""
     return SamModel(CONFIG, init_params(CONFIG, seed=1))
 
 
@@ -71,37 +71,48 @@ def differ(one: np.ndarray, other: np.ndarray) -> bool:
 
 def test_what_comes_back(predictor: SamPredictor):
     masks, iou, low_res = predictor.predict(np.array([[150, 30]]), np.array([1]))
-    assert (masks.shape, masks.dtype) == ((3, *SIZE), bool)
-    assert (iou.shape, iou.dtype) == ((3,), np.float32)
-    assert (low_res.shape, low_res.dtype) == ((3, 24, 32), np.float32)
+    assert (masks.shape, masks.dtype) == ((5, *SIZE), bool)
+    assert (iou.shape, iou.dtype) == ((5,), np.float32)
+    assert (low_res.shape, low_res.dtype) == ((5, 24, 32), np.float32)
     assert 0 < masks.mean() < 1
     logits, _, _ = predictor.predict(np.array([[150, 30]]), np.array([1]), return_logits=True)
     assert logits.dtype == np.float32
     assert np.array_equal(logits > 0, masks)
 
 
-def test_single_mask_is_the_first_token(predictor: SamPredictor, model: SamModel):
-    box = np.array([20, 10, 150, 50])
+def decode(predictor: SamPredictor, coords: list, labels: list) -> list[np.ndarray]:
+    """Low-res logits (m, h4, w4) and IoU (m,) for four slots, given in pixels of the frame."""
+    slots = jnp.array([coords], jnp.float32), jnp.array([labels], jnp.int32)
+    found = sam._decode(
+        predictor.model.params,
+        predictor.features,
+        *slots,
+        None,
+        config=CONFIG,
+        dtype=jnp.dtype(jnp.float32),
+    )
+    return [np.asarray(result[0]) for result in found]
+
+
+def test_single_mask_is_the_first_token(predictor: SamPredictor):
+    box = [20, 10, 150, 50]
     masks, iou, low_res = predictor.predict(box=box, multimask_output=False, return_logits=True)
     assert (masks.shape, iou.shape, low_res.shape) == ((1, *SIZE), (1,), (1, 24, 32))
-    several, several_iou, _ = predictor.predict(box=box, return_logits=True)
-    module = bind(CONFIG, model.params)
-    corners = predictor.transform.apply_boxes(box, SIZE).reshape(1, 2, 2)
-    prompt = module.encode_prompt(jnp.asarray(corners, jnp.float32), jnp.array([[2, 3]]))
-    expected = module.decode(predictor.features, prompt)
-    assert_close(low_res, np.asarray(expected.low_res_logits[0, :1]))
-    assert_close(np.concatenate([iou, several_iou]), np.asarray(expected.iou[0]))
+    several, several_iou, several_low_res = predictor.predict(box=box, return_logits=True)
+    sx, sy = 128 / 200, 38 / 60
+    corners = [[20 * sx, 10 * sy], [150 * sx, 50 * sy]]
+    logits, quality = decode(predictor, [*corners, [0, 0], [0, 0]], [2, 3, -2, -2])
+    assert_close(np.concatenate([low_res, several_low_res]), logits)
+    assert_close(np.concatenate([iou, several_iou]), quality)
     assert all(differ(masks[0], other) for other in several)
 
 
-def test_points_are_x_then_y(predictor: SamPredictor, model: SamModel):
+def test_points_are_x_then_y(predictor: SamPredictor):
     """In the frame, by hand: x is scaled by 128 / 200 and y by 38 / 60."""
     _, _, low_res = predictor.predict(np.array([[150, 30]]), np.array([1]))
-    module = bind(CONFIG, model.params)
-    coords = jnp.array([[[150 * 128 / 200, 30 * 38 / 60], [0, 0]]], jnp.float32)
-    prompt = module.encode_prompt(coords, jnp.array([[1, -1]]))
-    expected = module.decode(predictor.features, prompt).low_res_logits[0, 1:]
-    assert_close(low_res, np.asarray(expected))
+    point = [150 * 128 / 200, 30 * 38 / 60]
+    logits, _ = decode(predictor, [point, [0, 0], [0, 0], [0, 0]], [1, -1, -2, -2])
+    assert_close(low_res, logits[1:])
     with pytest.raises(ValueError, match=r"point 0 at \(x, y\) = \(30, 150\) lies outside"):
         predictor.predict(np.array([[30, 150]]), np.array([1]))
     _, _, elsewhere = predictor.predict(np.array([[30, 15]]), np.array([1]))
@@ -111,7 +122,7 @@ def test_points_are_x_then_y(predictor: SamPredictor, model: SamModel):
 def test_masks_lie_where_the_image_is(predictor: SamPredictor):
     """The padded part of the frame is cut off before the resize to the image's size."""
     logits, _, low_res = predictor.predict(np.array([[150, 30]]), np.array([1]), return_logits=True)
-    frame = np.asarray(sam.resize_bilinear(low_res, CONFIG.image_size))
+    frame = sam.resize_bilinear_numpy(low_res, CONFIG.image_size)
     assert predictor.input_size == (38, 128)
     expected = sam.resize_bilinear_numpy(frame[:, :38, :128], SIZE)
     assert_close(logits, expected)
@@ -134,15 +145,12 @@ def test_prompts_of_a_batch_do_not_see_each_other(predictor: SamPredictor, rng):
     corner = rng.uniform([0, 0], [100, 30], (count, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(5, 30, (count, 2))], axis=1)
     masks = rng.normal(0, 5, (count, 1, *CONFIG.low_res_size))
-    for given in [(points, labels), (points, labels, boxes), (None, None, boxes, masks)]:
-        batch = predictor.predict(*given, return_logits=True)
-        assert [len(result) for result in batch] == [count] * 3
-        for i in range(count):
-            own = [None if array is None else array[i] for array in given]
-            for found, expected in zip(
-                batch, predictor.predict(*own, return_logits=True), strict=True
-            ):
-                assert_close(found[i], expected)
+    batch = predictor.predict(points, labels, boxes, masks, return_logits=True)
+    assert [len(result) for result in batch] == [count] * 3
+    for i in range(count):
+        own = predictor.predict(points[i], labels[i], boxes[i], masks[i], return_logits=True)
+        for found, expected in zip(batch, own, strict=True):
+            assert_close(found[i], expected)
 
 
 def test_a_batch_of_one_has_no_batch_axis(predictor: SamPredictor):
@@ -165,7 +173,7 @@ def test_a_mask_prompt_counts(predictor: SamPredictor):
     _, _, refined = predictor.predict(*point, mask_input=low_res[iou.argmax()][None])
     assert differ(low_res, refined)
     alone, _, _ = predictor.predict(mask_input=low_res[:1])
-    assert alone.shape == (3, *SIZE)
+    assert alone.shape == (5, *SIZE)
 
 
 def test_no_prompt_at_all(predictor: SamPredictor):
@@ -173,15 +181,6 @@ def test_no_prompt_at_all(predictor: SamPredictor):
     masks, iou, _ = predictor.predict(multimask_output=False)
     assert masks.shape == (1, *SIZE)
     assert np.isfinite(iou).all()
-
-
-def test_classes_of_a_fine_tuned_model(image: np.ndarray):
-    """k + 1 mask tokens: `multimask_output` gives the k classes."""
-    config = dataclasses.replace(CONFIG, num_multimask=6)
-    predictor = SamPredictor(SamModel(config, init_params(config)))
-    predictor.set_image(image)
-    assert predictor.predict()[0].shape == (6, *SIZE)
-    assert predictor.predict(multimask_output=False)[0].shape == (1, *SIZE)
 
 
 def test_nothing_recompiles(model: SamModel, image: np.ndarray):
@@ -365,6 +364,11 @@ def files(tmp_path: Path, model: SamModel, image: np.ndarray) -> list[str]:
     ]
 
 
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
 def test_command_with_boxes(files: list[str], tmp_path: Path, predictor: SamPredictor):
     assert main([*files, "--box", "20,10,150,50", "--box", "100,5,190,30.5"]) == 0
     out = tmp_path / "out"
@@ -376,7 +380,7 @@ def test_command_with_boxes(files: list[str], tmp_path: Path, predictor: SamPred
     boxes = [[20, 10, 150, 50], [100, 5, 190, 30.5]]
     expected, iou, _ = predictor.predict(box=boxes, multimask_output=False)
     for i, record in enumerate(written["masks"]):
-        stored = np.array(Image.open(out / record["file"]))
+        stored = read(out / record["file"])
         assert set(np.unique(stored)) <= {0, 255}
         assert np.array_equal(stored == 255, expected[i, 0])
         assert record["prompt"] == {"box": boxes[i]}
@@ -386,14 +390,14 @@ def test_command_with_boxes(files: list[str], tmp_path: Path, predictor: SamPred
         assert expected[i, 0, y0:y1, x0:x1].sum() == record["area"]
         assert expected[i, 0, y1 - 1].any()
         assert expected[i, 0, :, x1 - 1].any()
-    assert Image.open(out / "overlay.png").size == (200, 60)
+    assert read(out / "overlay.png").shape == (*SIZE, 3)
 
 
 def test_command_with_points_and_several_masks(files: list[str], tmp_path: Path):
     points = ["--point", "150,30", "--label", "1", "--point", "20,50", "--label", "0"]
     assert main([*files, *points, "--multimask", "--dtype", "bfloat16"]) == 0
     masks = json.loads((tmp_path / "out" / "masks.json").read_text())["masks"]
-    assert [record["file"] for record in masks] == [f"mask_000_{i}.png" for i in range(3)]
+    assert [record["file"] for record in masks] == [f"mask_000_{i}.png" for i in range(5)]
     assert masks[0]["prompt"] == {"points": [[150, 30], [20, 50]], "labels": [1, 0]}
     best = max(masks, key=lambda record: record["iou_prediction"])
     assert [record["on_overlay"] for record in masks] == [record is best for record in masks]
@@ -426,6 +430,7 @@ def test_command_refuses(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_command_passes_the_converter_s_error_on(files: list[str], tmp_path: Path, capsys):
     pytest.importorskip("torch")
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"weights": Path("x")}))

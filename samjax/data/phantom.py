@@ -59,6 +59,7 @@ class Look:
     surround: Colour = (3, 2, 2)  # outside the field of view
 
     vessel_contrast: float = 0.8  # opacities, 0..1
+    vessel_on_disc: float = 1.0  # share of the vessels' contrast that is left on the disc
     disc_contrast: float = 0.9
     rim_contrast: float = 0.25
     fovea_contrast: float = 0.6
@@ -143,6 +144,7 @@ LOOKS: dict[str, Look] = {
         bright_lesion=(235, 235, 235),
         dark_lesion=(20, 20, 20),
         vessel_contrast=0.9,
+        vessel_on_disc=0.3,
         rim_contrast=0.75,
         haze_contrast=0.3,
         vignetting=0.4,
@@ -273,6 +275,7 @@ def make_phantom(
     paint(look.cup, opacity * _soft(cup, 0.4))
     paint(look.rim, look.rim_contrast * np.exp(-(((disc - 1) / 0.1) ** 2)))
     contrast = look.vessel_contrast * light.uniform(0.8, 1.0)
+    contrast = contrast * (1 - (1 - look.vessel_on_disc) * _soft(disc, 0.3))
     paint(look.vein, contrast * vein)
     paint(look.artery, contrast * artery)
     paint(look.reflex, 0.5 * contrast * reflex)

@@ -85,7 +85,7 @@ def test_seeds_vary_side_position_size_and_cup():
 
 
 def _contrast(look, inside, outside):
-    """Mean difference in grey level between two label regions of some pictures, lesions apart."""
+    """Difference of the median grey levels of two regions, in some pictures without lesions."""
     differences = []
     for seed in range(4):
         result = make_phantom(seed, replace(LOOKS[look], lesions=0.0), (128, 128))
@@ -98,7 +98,8 @@ def _contrast(look, inside, outside):
             "background": (result["mask"] == 0) & central & ~near,
             "disc": result["mask"] >= DISC,
         }
-        differences.append(grey[regions[inside]].mean() - grey[regions[outside]].mean())
+        grey_levels = [np.median(grey[regions[name]]) for name in (inside, outside)]
+        differences.append(grey_levels[0] - grey_levels[1])
     return np.array(differences)
 
 
@@ -107,10 +108,10 @@ def test_the_polarity_of_a_look(look):
     vessel, disc = _contrast(look, "vessel", "background"), _contrast(look, "disc", "background")
     if look == "angiogram":
         assert (vessel > 25).all()
-        assert (np.abs(disc) < 45).all(), "no bright disc to find"
+        assert (disc < 10).all(), "no bright disc to find"
     else:
-        assert (vessel < -8).all()
-        assert (disc > 20).all()
+        assert (vessel < -5).all()
+        assert (disc > 10).all()
 
 
 def test_lesions_leave_the_labels_as_they_are():
@@ -213,16 +214,11 @@ def _run(*arguments):
     )
 
 
-def test_the_command_writes_a_folder_without_loading_jax(tmp_path):
-    out = tmp_path / "set"
-    code = (
-        "import sys; from samjax.data import phantom;"
-        f"phantom.write_phantom_folder({str(out)!r}, 'pale', 1, 32);"
-        "assert 'jax' not in sys.modules, 'data must not need jax'"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    by_command = tmp_path / "other"
-    result = _run("--out", by_command, "--look", "pale", "--count", 1, "--size", 32)
+def test_the_command_writes_a_folder(tmp_path):
+    out, by_command = tmp_path / "set", tmp_path / "other"
+    write_phantom_folder(out, "pale", 1, 32, seed=7)
+    order = ("--look", "pale", "--count", 1, "--size", 32, "--seed", 7)
+    result = _run("--out", by_command, *order)
     assert result.returncode == 0, result.stderr
     for kind in ("images", "masks"):
         files = [folder / kind / "pale_0000.png" for folder in (out, by_command)]

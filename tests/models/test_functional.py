@@ -43,9 +43,7 @@ def params():
     """Random everywhere: position tables and biases, which start at zero, as well."""
     rng = np.random.default_rng(1)
     flat = flatten(functional.init_params(TINY, seed=3))
-    return unflatten(
-        {k: v + jnp.asarray(0.1 * rng.normal(size=v.shape), jnp.float32) for k, v in flat.items()}
-    )
+    return unflatten({k: v + 0.1 * rng.normal(size=v.shape).astype("f") for k, v in flat.items()})
 
 
 @pytest.fixture(scope="module")

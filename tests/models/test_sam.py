@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from samjax.models import functional, vit
 from samjax.models.prompt_encoder import INVALID, merge_prompts
@@ -45,9 +46,7 @@ def params():
     """Random everywhere: position tables and biases, which start at zero, as well."""
     rng = np.random.default_rng(1)
     flat = flatten(functional.init_params(TINY, seed=3))
-    return unflatten(
-        {k: v + jnp.asarray(0.1 * rng.normal(size=v.shape), jnp.float32) for k, v in flat.items()}
-    )
+    return unflatten({k: v + 0.1 * rng.normal(size=v.shape).astype("f") for k, v in flat.items()})
 
 
 @pytest.fixture(scope="module")
@@ -132,21 +131,30 @@ def test_padding_is_zero_after_normalising(sam, rng):
     np.testing.assert_allclose(x, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("most", "rows"), [(5, 1), (10, 1), (4, 1), (1, 1)])
-def test_attention_in_chunks(params, rng, monkeypatch, most, rows):
-    """Chunks of query rows, and blocks of other heights than the chunk, change nothing."""
-    attention = functional.bind(TINY, params).image_encoder.blocks[1].attn
-    x = jnp.asarray(rng.normal(size=(2, 3, 5, 24)), jnp.float32)
+def test_attention_in_chunks(params, rng, monkeypatch):
+    """The output and the gradient are those of the whole, unchunked attention."""
+    config = ViTConfig(image_size=(64, 80), width=24, depth=1, heads=3, global_blocks=(0,))
+    attention = vit.Attention(24, 3, config.grid, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    for table in (attention.rel_pos_h, attention.rel_pos_w):
+        table[...] = jnp.asarray(rng.normal(size=table.shape), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, 4, 5, 24)), jnp.float32)
 
-    def loss(x):
-        return jnp.vdot(attention(x), jnp.cos(jnp.arange(x.size, dtype=jnp.float32)))
+    def run(most):
+        monkeypatch.setattr(vit, "MAX_QUERIES", most)
 
-    assert vit._rows_per_chunk(3, 5) == 3
-    whole, whole_gradient = attention(x), jax.grad(loss)(x)
-    monkeypatch.setattr(vit, "MAX_QUERIES", most)
-    assert vit._rows_per_chunk(3, 5) == rows
-    np.testing.assert_allclose(attention(x), whole, atol=2e-6)
-    np.testing.assert_allclose(jax.grad(loss)(x), whole_gradient, atol=1e-5)
+        def loss(x):
+            out = attention(x)
+            return jnp.vdot(out, jnp.cos(jnp.arange(x.size, dtype=jnp.float32))), out
+
+        gradient, out = jax.jit(jax.grad(loss, has_aux=True))(x)
+        return out, gradient
+
+    whole, whole_gradient = run(most=20)
+    for most, rows in ((10, 2), (5, 1)):
+        out, gradient = run(most)
+        assert vit._rows_per_chunk(4, 5) == rows
+        np.testing.assert_allclose(out, whole, atol=2e-6)
+        np.testing.assert_allclose(gradient, whole_gradient, atol=1e-5)
 
 
 def test_rows_per_chunk(monkeypatch):
@@ -160,12 +168,16 @@ def test_rows_per_chunk(monkeypatch):
 
 def test_no_whole_attention_matrix(params, monkeypatch):
     """With chunks, no array of the program has a (query, key) pair for all queries at once."""
-    monkeypatch.setattr(vit, "MAX_QUERIES", 5)
     attention = functional.bind(TINY, params).image_encoder.blocks[1].attn
-    x = jnp.zeros((1, 3, 5, 24))
-    program = jax.make_jaxpr(jax.grad(lambda x: attention(x).sum()))(x)
-    sizes = [v.aval.size for e in program.eqns for v in e.outvars if hasattr(v.aval, "size")]
-    assert max(sizes) < 3 * 15 * 15
+
+    def pairs():
+        program = jax.make_jaxpr(jax.grad(lambda x: attention(x).sum()))(jnp.zeros((1, 3, 5, 24)))
+        sizes = [variable.aval.size for step in program.eqns for variable in step.outvars]
+        return sizes.count(TINY.image_encoder.heads * 15 * 15)
+
+    assert pairs() > 0
+    monkeypatch.setattr(vit, "MAX_QUERIES", 5)
+    assert pairs() == 0
 
 
 def test_points_and_image_share_their_positions(sam):
@@ -218,13 +230,13 @@ def test_merge_prompts(rng):
 
 
 def test_invalid_slots_do_not_exist(decode, embedding, rng):
-    coords, labels = prompts(rng, 3)
+    coords, labels = prompts(rng, 2)
     expected = decode(embedding, coords, labels)
     for junk in (0.0, 31.0):
-        padded = np.concatenate([coords, np.full((2, 2, 2), junk, np.float32)], axis=1)
-        kinds = np.concatenate([labels, np.full((2, 2), INVALID, np.int32)], axis=1)
+        padded = np.concatenate([coords, np.full((2, 1, 2), junk, np.float32)], axis=1)
+        kinds = np.concatenate([labels, np.full((2, 1), INVALID, np.int32)], axis=1)
         np.testing.assert_allclose(decode(embedding, padded, kinds), expected, atol=2e-5)
-    kinds[:, 3:] = -1  # upstream's padding point does exist
+    kinds[:, 2:] = -1  # upstream's padding point does exist
     assert np.abs(decode(embedding, padded, kinds) - expected).max() > 1e-3
 
 
@@ -235,18 +247,18 @@ def test_no_prompt_equals_invalid_prompts(decode, embedding, rng):
     np.testing.assert_allclose(invalid, nothing, atol=2e-5)
 
 
-def test_invalid_slots_have_no_gradient(params, embedding, rng):
+def test_invalid_slots_have_no_gradient(sam, embedding, rng):
     coords, labels = prompts(rng, 3)
     labels[0, 2], labels[1, 0] = INVALID, INVALID
+
+    prompt = sam.encode_prompt(jnp.asarray(coords), jnp.asarray(labels))
 
     @jax.jit
     @jax.grad
     def gradient(sparse):
-        sam = functional.bind(TINY, params)
-        prompt = sam.encode_prompt(coords, labels)._replace(sparse=sparse)
-        return sam.decode(embedding, prompt).low_res_logits.std()
+        return sam.decode(embedding, prompt._replace(sparse=sparse)).low_res_logits.std()
 
-    found = np.abs(gradient(functional.bind(TINY, params).encode_prompt(coords, labels).sparse))
+    found = np.abs(gradient(prompt.sparse))
     assert np.isfinite(found).all()
     assert (found.max(axis=-1) > 0).tolist() == [[True, True, False], [False, True, True]]
 
