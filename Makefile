@@ -16,9 +16,8 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 endif
 
-# What the tests compare with. Without their dependencies: the constraints hold the torch that
-# torchvision belongs to, and segment-anything names none.
-REFERENCE := $(if $(findstring convert,$(EXTRAS)),torchvision segment-anything)
+# What the tests compare with, without dependencies: all that they need here is there already.
+REFERENCE := $(if $(findstring convert,$(EXTRAS)),torchvision segment-anything monai medpy)
 # Bytecode is compiled when a module is first used, which is sooner done than for all of them.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
 	-c constraints.txt

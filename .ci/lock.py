@@ -17,10 +17,17 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Chosen by hand: torchvision's release goes with torch's, and the parity tests are written
-# against these releases of Meta's packages.
-FIXED = {"torch": "2.13.0", "torchvision": "0.28.0", "segment-anything": "1.0", "sam2": "1.1.0"}
-# What sam2 needs beside torch; resolved by name because building sam2's metadata needs torch.
-SAM2_NEEDS = ["hydra-core>=1.3.2", "iopath>=0.1.10"]
+# against these releases of the packages that they compare with.
+FIXED = {
+    "medpy": "0.5.2",
+    "monai": "1.6.1",
+    "sam2": "1.1.0",
+    "segment-anything": "1.0",
+    "torch": "2.13.0",
+    "torchvision": "0.28.0",
+}
+# What sam2 and medpy need beside; resolved by name because building sam2's metadata needs torch.
+REFERENCE_NEEDS = ["hydra-core>=1.3.2", "iopath>=0.1.10", "simpleitk>=2.1"]
 
 HEADER = """\
 # One version of every package, so that the install is the same everywhere. Written by `make lock`.
@@ -59,7 +66,7 @@ def main() -> None:
         sys.exit(f"usage: {sys.argv[0]} PYTHON_3_11 PYTHON_3_12_OR_NEWER")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    common = project["dependencies"] + extras["dev"] + SAM2_NEEDS
+    common = project["dependencies"] + extras["dev"] + REFERENCE_NEEDS
     torch = [*extras["convert"], f"torch=={FIXED['torch']}"]
     old = resolve(sys.argv[1], common + torch)
     new = resolve(sys.argv[2], common)

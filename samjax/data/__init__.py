@@ -4,7 +4,8 @@ from samjax.data.folder import FolderDataset, SegmentationDataset, Subset, split
 from samjax.data.images import DataError, read_image, read_mask
 from samjax.data.pipeline import Batch, Loader, make_loader
 from samjax.data.prompts import num_slots, sample_prompt
-from samjax.data.transforms import Augment, pad_to_frame, resize, resize_to_frame, resized_size
+from samjax.data.transforms import Augment
+from samjax.frame import pad_to_frame, resize, resize_to_frame, resized_size
 
 __all__ = [
     "Augment",

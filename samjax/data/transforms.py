@@ -1,9 +1,4 @@
-"""Resizing to the model's frame, and paired augmentation of image and mask.
-
-The frame is the model's input size. An image is resized to fit it with its aspect kept and
-padded with zeros at the bottom and the right, as upstream's `ResizeLongestSide`
-(segment_anything/utils/transforms.py) does for a square; pixels come from Pillow, as upstream's
-do, so they are equal bit for bit.
+"""Paired augmentation of image and mask.
 
 Augmentations take and return (image uint8 (h, w, 3) RGB, mask uint8 (h, w) label map) of the
 resized, not yet padded picture, so that padding stays padding. They draw from the generator they
@@ -17,45 +12,6 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 Pair = tuple[np.ndarray, np.ndarray]
-
-
-def resized_size(original_size: tuple[int, int], frame_size: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) in pixels that an image of `original_size` (h, w) has inside the frame (h, w)."""
-    height, width = original_size
-    scale = min(frame_size[0] / height, frame_size[1] / width)
-    # At least one pixel: upstream would make an empty image of a 1x5000 one.
-    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
-
-
-def resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes an image, uint8 (h, w, 3), or a label map, uint8 (h, w), to `size` (h, w) pixels.
-
-    Images by Pillow's antialiased bilinear filter, label maps by the nearest pixel.
-    """
-    method = Image.Resampling.BILINEAR if array.ndim == 3 else Image.Resampling.NEAREST
-    return np.array(Image.fromarray(array).resize((size[1], size[0]), method))
-
-
-def pad_to_frame(array: np.ndarray, frame_size: tuple[int, int]) -> np.ndarray:
-    """Pads an (h, w, …) array with zeros at the bottom and the right to `frame_size` (h, w)."""
-    padded = np.zeros((*frame_size, *array.shape[2:]), array.dtype)
-    padded[: array.shape[0], : array.shape[1]] = array
-    return padded
-
-
-def resize_to_frame(
-    array: np.ndarray, frame_size: tuple[int, int]
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """`resize`, aspect kept, to fit `frame_size` (h, w), then `pad_to_frame`.
-
-    Args:
-        array: image uint8 (h, w, 3) or label map uint8 (h, w).
-
-    Returns:
-        The array of `frame_size`, and the size (h, w) of its part that is not padding.
-    """
-    size = resized_size(array.shape[:2], frame_size)
-    return pad_to_frame(resize(array, size), frame_size), size
 
 
 def random_flip(

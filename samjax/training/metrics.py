@@ -9,8 +9,9 @@ float64). For a class with predicted region P and true region T:
 (0/0): NaN, left out of mean and standard deviation, and counted in `Summary.n_undefined`, so that
 a reader sees over how many images a mean was taken. nnU-Net does the same (nnU-Net v2,
 evaluation/evaluate_predictions.py: NaN, then nanmean). Numbers compare only under one rule, and
-others decide otherwise: SAMed scores 0 for both empty; MetricsReloaded's code Dice 1, yet IoU NaN; MONAI leaves out every image whose truth is empty, and with it
-every false alarm there (ignore_empty=False scores these 1 or 0).
+others decide otherwise: for both empty SAMed scores 0, and MetricsReloaded's code Dice 1, yet IoU
+NaN; MONAI leaves out every image whose truth is empty, and with it every false alarm there
+(ignore_empty=False scores these 1 or 0).
 """
 
 from __future__ import annotations

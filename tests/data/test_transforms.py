@@ -10,17 +10,14 @@ from scipy import ndimage
 from samjax.data.transforms import (
     PRESETS,
     Augment,
-    pad_to_frame,
     random_affine,
     random_blur,
     random_colour,
     random_flip,
     random_noise,
     random_rot90,
-    resize,
-    resize_to_frame,
-    resized_size,
 )
+from samjax.frame import pad_to_frame, resize, resize_to_frame, resized_size
 
 HEIGHT, WIDTH = 48, 70
 
