@@ -23,10 +23,26 @@ from samjax.models.layers import Dense, SidePath
 from samjax.trees import Params, block_columns, flatten, unflatten
 
 
+class _SameKey(nnx.RngStream):
+    """One key for all parameters: only their shapes are wanted.
+
+    Counting keys while tracing takes a time that grows with the square of their number.
+    """
+
+    def __call__(self) -> jax.Array:
+        return self.key[...]
+
+
 @functools.lru_cache(maxsize=32)
 def _abstract_module(config, dtype: DTypeLike, remat: bool):
     """Graph definition, tree structure and the path of each leaf, without allocating anything."""
-    module = nnx.eval_shape(lambda: config.build(dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+
+    def build():
+        rngs = nnx.Rngs()
+        setattr(rngs, "params", _SameKey(jax.random.key(0), tag="params"))  # noqa: B010
+        return config.build(dtype=dtype, remat=remat, rngs=rngs)
+
+    module = nnx.eval_shape(build)
     graph, state = nnx.split(module)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
     paths = ["/".join(str(key.key) for key in path) for path, _ in leaves]
