@@ -129,7 +129,8 @@ class Arguments:
     out: Path = Path("runs/finetune")
     """Folder of the results."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises ``ValueError`` for settings that contradict each other."""
         for images, masks, name in (
             (self.val_images, self.val_masks, "val"),
             (self.test_images, self.test_masks, "test"),
@@ -211,6 +212,7 @@ def prepare(arguments: Arguments) -> seg.Tuning:
 
 def run(arguments: Arguments) -> Result:
     """The whole run; see the module's docstring for the files it writes."""
+    arguments.check()
     if arguments.torch_export and importlib.util.find_spec("torch") is None:
         raise ValueError("merged.pth needs PyTorch: install samjax[convert] or --no-torch-export")
     started = time.perf_counter()

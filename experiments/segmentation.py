@@ -188,7 +188,9 @@ class Evaluator:
                 height, width = batch["size"][row]
                 yield (
                     int(batch["index"][row]),
-                    labels_at(logits[row, :height, :width], tuple(batch["original_size"][row])),
+                    labels_at(
+                        logits[row, :height, :width], tuple(batch["original_size"][row].tolist())
+                    ),
                 )
 
     def _predict(self, trainable: Params, batch: dict) -> jax.Array:

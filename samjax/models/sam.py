@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from samjax.models.mask_decoder import MaskDecoder, MaskPrediction
 from samjax.models.prompt_encoder import EncodedPrompt, PromptEncoder
@@ -135,13 +135,13 @@ class Sam(nnx.Module):
         self.config = config
 
     def encode_image(
-        self, images: Float[Array, "b h w 3"], sizes: Int[Array, "b 2"]
+        self, images: Num[Array, "b h w 3"], sizes: Int[Array, "b 2"]
     ) -> Float[Array, "b gh gw c"]:
         """Images of 0..255 RGB in the model frame, and their unpadded (height, width) in it."""
         return self.image_encoder(self.normalise(images, sizes))
 
     def normalise(
-        self, images: Float[Array, "b h w 3"], sizes: Int[Array, "b 2"]
+        self, images: Num[Array, "b h w 3"], sizes: Int[Array, "b 2"]
     ) -> Float[Array, "b h w 3"]:
         """Subtracts mean, divides by std, and only then sets the padding to zero, as upstream."""
         mean = jnp.array(self.config.pixel_mean, jnp.float32).reshape(1, 1, 1, 3)
@@ -168,7 +168,7 @@ class Sam(nnx.Module):
 
     def __call__(
         self,
-        images: Float[Array, "b h w 3"],
+        images: Num[Array, "b h w 3"],
         sizes: Int[Array, "b 2"],
         coords: Float[Array, "b p 2"],
         labels: Int[Array, "b p"],
