@@ -1,6 +1,8 @@
 """What every test gets: a fixed numerical setting, a random generator, the shared real files."""
 
+import atexit
 import os
+import tempfile
 from pathlib import Path
 
 # Read when the libraries are loaded, so they must stand before the first of those imports.
@@ -21,8 +23,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-# A cache that outlives the run would let a test pass on what another version had compiled.
-jax.config.update("jax_enable_compilation_cache", False)
+# Many tests compile the same small programs. The cache dies with the run: one that outlived it
+# would let a test pass on what another version had compiled.
+_compiled = tempfile.TemporaryDirectory(prefix="samjax-tests-")
+atexit.register(_compiled.cleanup)
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Shapes and types in the models' signatures are checked at each call, here and nowhere else.
 install_import_hook("samjax.models", "beartype.beartype")
