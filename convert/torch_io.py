@@ -152,8 +152,7 @@ def import_torch() -> Any:
         import torch
     except ImportError as error:
         raise ImportError(
-            "PyTorch checkpoints need PyTorch: pip install 'samjax[convert]' "
-            "(a CPU build is enough: --index-url https://download.pytorch.org/whl/cpu)"
+            "PyTorch checkpoints need PyTorch: pip install 'samjax[convert]' (a CPU build is enough)"
         ) from error
     return torch
 

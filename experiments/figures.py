@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def overlay(
     for label in np.unique(mask[mask != 0]):
         region = mask == label
         colour = np.array(colours[(label - 1) % len(colours)], np.float32)
-        inner = ndimage.binary_erosion(region, iterations=width, border_value=1)
+        inner = np.asarray(ndimage.binary_erosion(region, iterations=width, border_value=1))
         result[region] += fill * (colour - result[region])
         result[region & ~inner] = colour
     return np.clip(result + 0.5, 0, 255).astype(np.uint8)
@@ -108,7 +108,7 @@ class Case(NamedTuple):
 
 def overlay_sheet(
     path: str | Path,
-    rows: Sequence[Case | tuple],
+    rows: Sequence[Case | tuple[Any, ...]],
     *,
     title: str = "",
     class_names: Sequence[str] = (),
@@ -130,7 +130,7 @@ def overlay_sheet(
     Raises:
         ValueError: no case, or an image or mask that does not fit (named).
     """
-    cases = [Case(*row) for row in rows]
+    cases = [row if isinstance(row, Case) else Case(*row) for row in rows]
     cases = [case._replace(image=_rgb(case.image, f"{case.name}: image")) for case in cases]
     if not cases:
         raise ValueError("there is no case to draw")
@@ -263,11 +263,11 @@ def _pictures(
 ) -> list[tuple[str, np.ndarray | None]]:
     """Caption and picture of each column of a case."""
     image = case.image
-    small = max(image.shape[:2]) / _PIXELS
-    size = tuple(max(1, round(side / max(small, 1))) for side in image.shape[1::-1])  # (w, h)
+    small = max(1, max(image.shape[:2]) / _PIXELS)
+    size = max(1, round(image.shape[1] / small)), max(1, round(image.shape[0] / small))
 
     def shrunk(array: np.ndarray, how: Image.Resampling) -> np.ndarray:
-        return array if small <= 1 else np.asarray(Image.fromarray(array).resize(size, how))
+        return array if small == 1 else np.asarray(Image.fromarray(array).resize(size, how))
 
     def drawn(kind: str, mask: np.ndarray) -> np.ndarray:
         mask = _labels(mask, f"{case.name}: {kind}", image.shape[:2])
@@ -278,10 +278,10 @@ def _pictures(
         (_shorten(case.name), picture),
         ("truth", drawn("truth", case.truth)),
     ]
-    if with_before and case.before is None:
-        result.append(("before: none", None))
-    elif with_before:
+    if case.before is not None:
         result.append((f"before: {_dice_text(case.before_dice)}", drawn("before", case.before)))
+    elif with_before:
+        result.append(("before: none", None))
     kind = "after" if with_before else "prediction"
     result.append((f"{kind}: {_dice_text(case.dice)}", drawn("prediction", case.prediction)))
     return result
@@ -308,7 +308,7 @@ def _shorten(name: str) -> str:
 
 def _legend(figure: Figure, names: Sequence[str], colours: Sequence[Colour], y: float) -> None:
     handles = [
-        Line2D([], [], color=tuple(c / 255 for c in colours[i % len(colours)]), linewidth=4)
+        Line2D([], [], color="#{:02x}{:02x}{:02x}".format(*colours[i % len(colours)]), linewidth=4)
         for i in range(len(names))
     ]
     legend = figure.legend(

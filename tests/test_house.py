@@ -18,7 +18,8 @@ INSTALLED = ("samjax", "convert", "experiments")
 FOLDERS = (*INSTALLED, "benchmarks", "tests", ".ci")
 FILES = [file for folder in FOLDERS for file in sorted((REPOSITORY / folder).rglob("*.py"))]
 HEAVY = re.compile(r"torch|tensorflow|tf-|nvidia|cuda|triton|jax-cuda")
-LONGEST = 420  # lines: what a reader can hold in the head
+LONGEST = {"tests": 600}  # lines
+LONGEST_ELSEWHERE = 420  # what a reader can hold in the head
 
 
 def relative(file: Path) -> str:
@@ -113,7 +114,8 @@ def test_constraints_cover_every_dependency():
 @pytest.mark.parametrize("file", FILES, ids=relative)
 def test_file_is_short_and_finished(file: Path):
     text = file.read_text("utf-8")
-    assert text.count("\n") <= LONGEST, "one file holds one idea: split it"
+    longest = LONGEST.get(relative(file).split("/")[0], LONGEST_ELSEWHERE)
+    assert text.count("\n") <= longest, "one file holds one idea: split it"
     if file != Path(__file__):  # this file names what it looks for
         assert re.findall(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", text) == []
 

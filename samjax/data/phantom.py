@@ -193,7 +193,7 @@ class _Canvas:
 def _mottle(rng: np.random.Generator, size: tuple[int, int], cells: int) -> np.ndarray:
     """Smooth random field (h, w) of about unit variance with `cells` bumps across."""
     grid = rng.normal(0, 1, (cells, cells)).astype(np.float32)
-    return np.asarray(Image.fromarray(grid).resize(size[::-1], Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(grid).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def _soft(depth: np.ndarray, softness: float) -> np.ndarray:

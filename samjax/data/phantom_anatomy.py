@@ -37,6 +37,8 @@ class Blob:
 
 @dataclass(frozen=True)
 class Anatomy:
+    """Where everything lies; the field of view has radius 1 and its centre at (0, 0)."""
+
     disc: Blob
     cup: Blob
     fovea: tuple[float, float]
@@ -131,6 +133,7 @@ def _lesions(rng: np.random.Generator, disc: Blob, mean: float) -> tuple[list[Bl
 
 
 def draw_anatomy(rng: np.random.Generator, lesions: float) -> Anatomy:
+    """Draws an eye; `lesions` scales how many of them there are (0: none)."""
     right = rng.choice((-1.0, 1.0))  # side of the picture on which the disc lies
     x, y = right * rng.uniform(0.25, 0.62), rng.uniform(-0.22, 0.22)
     radius = rng.uniform(0.13, 0.19)

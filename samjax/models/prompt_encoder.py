@@ -54,7 +54,7 @@ def merge_prompts(
     if boxes is not None:
         boxes = np.asarray(boxes, np.float32)
         coords.append(boxes.reshape(-1, 2, 2))
-        kinds.append(np.tile(np.int32([TOP_LEFT, BOTTOM_RIGHT]), (len(boxes), 1)))
+        kinds.append(np.tile(np.array([TOP_LEFT, BOTTOM_RIGHT], np.int32), (len(boxes), 1)))
     if not coords:
         return np.zeros((batch, 0, 2), np.float32), np.zeros((batch, 0), np.int32)
     return np.concatenate(coords, axis=1), np.concatenate(kinds, axis=1)

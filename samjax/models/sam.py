@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -61,11 +62,12 @@ class SamConfig:
     @classmethod
     def from_dict(cls, values: dict) -> SamConfig:
         """Lists become tuples again; an unknown or missing field is a ``TypeError``."""
-        encoder = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values["image_encoder"].items()
-        }
-        own = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**{**own, "image_encoder": ViTConfig(**encoder)})
+
+        def tuples(fields: dict[str, Any]) -> dict[str, Any]:
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+        encoder = ViTConfig(**tuples(values["image_encoder"]))
+        return cls(**{**tuples(values), "image_encoder": encoder})
 
 
 def vit_b(image_size: tuple[int, int] = (1024, 1024)) -> SamConfig:

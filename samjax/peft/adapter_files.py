@@ -120,8 +120,9 @@ def write_samed(path: str | Path, adapter: Adapter, blocks: int | None = None) -
     if blocks is None:
         blocks = max(seen, default=-1) // 2 + 1
     expected = set(range(2 * blocks))
-    problems += [f"no factors on {'qv'[i % 2]} of block {i // 2}" for i in sorted(expected - seen)]
-    problems += [f"block {i // 2} is beyond the {blocks} blocks" for i in sorted(seen - expected)]
+    for index in sorted(expected ^ seen):
+        what = "missing" if index in expected else f"beyond the {blocks} blocks"
+        problems.append(f"factors on {'qv'[index % 2]} of block {index // 2}: {what}")
     if problems or not tensors:
         _fail(path, "SAMed's layout cannot express this adapter", problems or ["no factors"])
     tensors = _on_host(path, tensors)

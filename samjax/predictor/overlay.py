@@ -48,8 +48,9 @@ def draw_overlay(image: np.ndarray, drawings: Sequence[Drawing]) -> np.ndarray:
     draw = ImageDraw.Draw(picture)
     for number, drawing in enumerate(drawings):
         if drawing.box is not None:
-            # Dark under bright: visible on any background, and told from the mask's outline.
-            draw.rectangle(drawing.box, outline=(0, 0, 0), width=line + 2)
+            # Bright with dark edges: visible on any background, and told from a mask's outline.
+            x0, y0, x1, y1 = drawing.box
+            draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=(0, 0, 0), width=line + 2)
             draw.rectangle(drawing.box, outline=COLOURS[number % len(COLOURS)], width=line)
         for x, y, label in drawing.points:
             radius = 3 * line + 1

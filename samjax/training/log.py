@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from samjax.atomic import atomic_write
 
 
@@ -15,6 +13,9 @@ class RunLog:
     """Collects scalars by step under ``out``; use it as a context manager."""
 
     def __init__(self, out: Path):
+        # Here, not above: it loads torch wherever torch is installed, which takes seconds.
+        from tensorboardX import SummaryWriter
+
         self.history: list[dict[str, float]] = []
         self._writer = SummaryWriter(str(out / "tensorboard"))
 

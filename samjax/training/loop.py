@@ -78,7 +78,9 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, accumulate: i
         if accumulate == 1:
             value, grads = value_and_grad(state.trainable, frozen, batch, keys[0])
         else:
-            micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            micro = jax.tree.map(
+                lambda x: x.reshape(accumulate, len(x) // accumulate, *x.shape[1:]), batch
+            )
 
             def add(total: Any, part: tuple[Batch, jax.Array]):
                 return jax.tree.map(
