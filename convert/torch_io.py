@@ -152,7 +152,8 @@ def import_torch() -> Any:
         import torch
     except ImportError as error:
         raise ImportError(
-            "PyTorch checkpoints need PyTorch: pip install 'samjax[convert]' (a CPU build is enough)"
+            "PyTorch checkpoints need PyTorch (a CPU build is enough): "
+            "pip install 'samjax[convert]'"
         ) from error
     return torch
 

@@ -67,9 +67,9 @@ def overlay(
     for label in np.unique(mask[mask != 0]):
         region = mask == label
         colour = np.array(colours[(label - 1) % len(colours)], np.float32)
-        inner = np.asarray(ndimage.binary_erosion(region, iterations=width, border_value=1))
+        inner = ndimage.binary_erosion(region, iterations=width, border_value=1)
         result[region] += fill * (colour - result[region])
-        result[region & ~inner] = colour
+        result[np.logical_xor(region, inner)] = colour
     return np.clip(result + 0.5, 0, 255).astype(np.uint8)
 
 
