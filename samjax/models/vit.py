@@ -22,7 +22,8 @@ from jaxtyping import Array, Float
 from samjax.models.layers import EMBEDDING_INIT, MLP, Dense, conv, gelu, layer_norm
 from samjax.models.ops import merge_windows, partition_windows, relative_index
 
-MAX_QUERIES = 512  # queries of one attention chunk; measured best on CPU, and bounds the memory
+MAX_TOKENS = 512  # a longer sequence attends in chunks of query rows
+MAX_SCORES = 2**23  # attention scores of one chunk: 32 MiB stay in a CPU's cache, measured 1.9x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ class Attention(nnx.Module):
         table_h = self.rel_pos_h[...][relative_index(gh)].astype(q.dtype)  # gh gh d
         table_w = self.rel_pos_w[...][relative_index(gw)].astype(q.dtype)
         q = q.reshape(b, self.heads, gh, gw, head_dim)
-        rows = _rows_per_chunk(gh, gw)
+        rows = _rows_per_chunk(b * self.heads, gh, gw)
         if rows == gh:
             out = _attend(q, k, v, table_h, table_w)
         else:
@@ -107,10 +108,13 @@ class Attention(nnx.Module):
         return self.proj(out.reshape(b, gh, gw, c))
 
 
-def _rows_per_chunk(gh: int, gw: int) -> int:
-    """Rows of queries per chunk: the largest divisor of ``gh`` with at most MAX_QUERIES tokens."""
-    fitting = [rows for rows in range(1, gh + 1) if gh % rows == 0 and rows * gw <= MAX_QUERIES]
-    return max(fitting, default=1)
+def _rows_per_chunk(sequences: int, gh: int, gw: int) -> int:
+    """Rows of queries per chunk: the largest divisor of ``gh`` that keeps to the limits above."""
+    tokens = gh * gw
+    if tokens <= MAX_TOKENS:
+        return gh
+    fitting = [r for r in range(1, gh + 1) if gh % r == 0]
+    return max((r for r in fitting if sequences * r * gw * tokens <= MAX_SCORES), default=1)
 
 
 def _attend(
@@ -122,19 +126,27 @@ def _attend(
 ) -> Float[Array, "b n t2 d"]:
     """Attention of ``r`` rows of queries over all keys.
 
-    The decomposed bias ``q·R_h[row] + q·R_w[column]`` (of the unscaled queries) is folded into the
-    product: the queries get the two lists of biases as extra channels, the keys one-hot rows and
-    columns.  Exact, and no bias of the size of the scores is ever built or added.
+    The decomposed bias is ``q·R_h[row] + q·R_w[column]``, of the unscaled queries.  Where the grid
+    is small it is folded into the product: the queries get the two lists of biases as extra
+    channels, the keys one-hot rows and columns, and no bias of the size of the scores is ever
+    added.  Exact either way; on a large grid the extra channels would cost more than they save.
     """
     b, n, r, gw, d = q.shape
     gh = table_h.shape[1]
     bias_h = jnp.einsum("bnrwd,rkd->bnrwk", q, table_h)
     bias_w = jnp.einsum("bnrwd,wkd->bnrwk", q, table_w)
-    q = jnp.concatenate([q * d**-0.5, bias_h, bias_w], axis=-1).reshape(b, n, r * gw, -1)
-    rows, columns = np.repeat(np.eye(gh), gw, axis=0), np.tile(np.eye(gw), (gh, 1))
-    one_hot = jnp.asarray(np.concatenate([rows, columns], axis=1), k.dtype)
-    k = jnp.concatenate([k, jnp.broadcast_to(one_hot, (b, n, *one_hot.shape))], axis=-1)
+    q = q * d**-0.5
+    folded = gh + gw <= max(d, 32)
+    if folded:
+        q = jnp.concatenate([q, bias_h, bias_w], axis=-1)
+        rows, columns = np.repeat(np.eye(gh), gw, axis=0), np.tile(np.eye(gw), (gh, 1))
+        one_hot = jnp.asarray(np.concatenate([rows, columns], axis=1), k.dtype)
+        k = jnp.concatenate([k, jnp.broadcast_to(one_hot, (b, n, *one_hot.shape))], axis=-1)
+    q = q.reshape(b, n, r * gw, -1)
     scores = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=jnp.float32)
+    if not folded:
+        bias = bias_h[..., :, None] + bias_w[..., None, :]
+        scores = scores + bias.reshape(scores.shape).astype(scores.dtype)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bnqk,bnkd->bnqd", weights, v)
 

@@ -140,7 +140,8 @@ def test_attention_in_chunks(params, rng, monkeypatch):
     x = jnp.asarray(rng.normal(size=(2, 4, 5, 24)), jnp.float32)
 
     def run(most):
-        monkeypatch.setattr(vit, "MAX_QUERIES", most)
+        monkeypatch.setattr(vit, "MAX_TOKENS", 0)
+        monkeypatch.setattr(vit, "MAX_SCORES", 2 * 3 * most * 20)
 
         def loss(x):
             out = attention(x)
@@ -152,18 +153,34 @@ def test_attention_in_chunks(params, rng, monkeypatch):
     whole, whole_gradient = run(most=20)
     for most, rows in ((10, 2), (5, 1)):
         out, gradient = run(most)
-        assert vit._rows_per_chunk(4, 5) == rows
+        assert vit._rows_per_chunk(2 * 3, 4, 5) == rows
         np.testing.assert_allclose(out, whole, atol=2e-6)
         np.testing.assert_allclose(gradient, whole_gradient, atol=1e-5)
 
 
-def test_rows_per_chunk(monkeypatch):
-    monkeypatch.setattr(vit, "MAX_QUERIES", 512)
-    assert vit._rows_per_chunk(64, 64) == 8
-    assert vit._rows_per_chunk(14, 14) == 14
-    assert vit._rows_per_chunk(48, 64) == 8
-    assert vit._rows_per_chunk(31, 64) == 1  # a prime: row by row
-    assert vit._rows_per_chunk(2, 1000) == 1  # a row is the least there is
+def test_rows_per_chunk():
+    assert vit._rows_per_chunk(12, 64, 64) == 2
+    assert vit._rows_per_chunk(300, 14, 14) == 14, "windows are never cut"
+    assert vit._rows_per_chunk(12, 48, 64) == 3
+    assert vit._rows_per_chunk(12, 31, 64) == 1, "a prime: row by row"
+    assert vit._rows_per_chunk(12, 2, 1000) == 1, "a row is the least there is"
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (20, 15)])
+def test_the_bias_is_the_same_folded_or_added(rng, grid):
+    """Against the formula written out; the larger grid is beyond the folded form."""
+    (gh, gw), d = grid, 7
+    q, k, v, table_h, table_w = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((2, 3, gh, gw, d), *[(2, 3, gh * gw, d)] * 2, (gh, gh, d), (gw, gw, d))
+    )
+    scores = np.einsum("bnrwd,bnkd->bnrwk", q, k).reshape(2, 3, gh, gw, gh, gw) * d**-0.5
+    scores += np.einsum("bnrwd,rkd->bnrwk", q, table_h)[..., :, None]
+    scores += np.einsum("bnrwd,wkd->bnrwk", q, table_w)[..., None, :]
+    weights = np.exp(scores.reshape(2, 3, gh * gw, gh * gw))
+    expected = weights @ v / weights.sum(-1, keepdims=True)
+    out = vit._attend(*(jnp.asarray(x) for x in (q, k, v, table_h, table_w)))
+    np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
 def test_no_whole_attention_matrix(params, monkeypatch):
@@ -176,7 +193,8 @@ def test_no_whole_attention_matrix(params, monkeypatch):
         return sizes.count(TINY.image_encoder.heads * 15 * 15)
 
     assert pairs() > 0
-    monkeypatch.setattr(vit, "MAX_QUERIES", 5)
+    monkeypatch.setattr(vit, "MAX_TOKENS", 0)
+    monkeypatch.setattr(vit, "MAX_SCORES", TINY.image_encoder.heads * 5 * 15)
     assert pairs() == 0
 
 
