@@ -4,11 +4,13 @@
 # Variables: PYTHON=python3.12   the interpreter of a new .venv
 #            EXTRAS=dev          a suite without torch: the parity tests are then skipped
 #            PYTEST_ARGS='-k lora'
+#            JOBS=2            test processes, of up to 5 GB each (compiling is most of the time)
 
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= convert,dev
 PYTEST_ARGS ?=
+JOBS ?= 2
 
 # Asks each candidate for its version, because a name on the PATH may be a launcher of nothing.
 ifndef PYTHON
@@ -32,7 +34,7 @@ demo: $(DEMO_STAMP)
 	$(BIN)/python -m experiments.demo --out runs/demo
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .

@@ -270,11 +270,14 @@ def test_invalid_slots_have_no_gradient(sam, embedding, rng):
     labels[0, 2], labels[1, 0] = INVALID, INVALID
 
     prompt = sam.encode_prompt(jnp.asarray(coords), jnp.asarray(labels))
+    image = embedding.reshape(2, 15, 32)
 
     @jax.jit
     @jax.grad
     def gradient(sparse):
-        return sam.decode(embedding, prompt._replace(sparse=sparse)).low_res_logits.std()
+        transformer = sam.mask_decoder.transformer
+        tokens, updated = transformer(sparse, image, jnp.sin(image), prompt.valid)
+        return tokens[:, 1].std() + updated.std()
 
     found = np.abs(gradient(prompt.sparse))
     assert np.isfinite(found).all()
