@@ -49,7 +49,10 @@ def build_reference_sam(config: SamConfig) -> Any:
         ImportError: the reference package is not installed.
     """
     torch = import_torch()
-    modeling = import_segment_anything().modeling
+    import_segment_anything()
+    # By name, not as an attribute: after a first import that failed half-way (torchvision without
+    # its operators), Python does not bind the submodules to the package again.
+    modeling = importlib.import_module("segment_anything.modeling")
     vit = config.image_encoder
     width = vit.out_channels
     encoder = modeling.ImageEncoderViT(
