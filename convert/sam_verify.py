@@ -24,6 +24,7 @@ from samjax.models.functional import bind
 from samjax.models.mask_decoder import MaskPrediction
 from samjax.models.prompt_encoder import EncodedPrompt, merge_prompts
 from samjax.models.sam import SamConfig
+from samjax.predictor.sam import ResizeToFrame
 from samjax.trees import Params
 
 TOLERANCE = 1e-4
@@ -114,10 +115,8 @@ def example_image(config: SamConfig) -> np.ndarray:
 def read(path: Path, config: SamConfig) -> np.ndarray:
     """An image file, resized to fit the frame, aspect kept: float32 (h, w, 3) of 0..255."""
     with Image.open(path) as image:
-        scale = min(config.image_size[0] / image.height, config.image_size[1] / image.width)
-        size = (max(1, int(image.width * scale + 0.5)), max(1, int(image.height * scale + 0.5)))
-        rgb = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
-        return np.asarray(rgb, np.float32)
+        rgb = np.asarray(image.convert("RGB"))
+    return ResizeToFrame(config.image_size).apply_image(rgb).astype(np.float32)
 
 
 def _prompts(config: SamConfig, size: tuple[int, int]) -> dict[str, dict[str, np.ndarray]]:
