@@ -8,7 +8,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS ?= convert,dev
+EXTRAS ?= convert,video,volumes,dev
 PYTEST_ARGS ?=
 JOBS ?= 2
 
@@ -18,8 +18,10 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 endif
 
-# What the tests compare with, without dependencies: all that they need here is there already.
-REFERENCE := $(if $(findstring convert,$(EXTRAS)),torchvision segment-anything monai medpy)
+# What the tests compare with. The second list is installed without dependencies, which would bring
+# CUDA, and built beside the PyTorch that is there: what they need is in the first list or there.
+REFERENCE_NEEDS := peft hydra-core iopath setuptools
+REFERENCE := torchvision segment-anything sam2 monai medpy
 # Bytecode is compiled when a module is first used, which is sooner done than for all of them.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
 	-c constraints.txt
@@ -69,5 +71,8 @@ $(DEMO_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 
 $(TEST_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e ".[$(EXTRAS)]"
-	$(if $(REFERENCE),$(PIP_INSTALL) --no-deps $(REFERENCE))
+ifneq (,$(findstring convert,$(EXTRAS)))
+	$(PIP_INSTALL) $(REFERENCE_NEEDS)
+	SAM2_BUILD_CUDA=0 $(PIP_INSTALL) --no-deps --no-build-isolation $(REFERENCE)
+endif
 	touch $@

@@ -53,3 +53,11 @@ def shared_data() -> Path:
 def rng() -> np.random.Generator:
     """A generator with the same seed in every test, whatever ran before."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def quick_compilation():
+    """For modules of small models, which take longer to compile than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

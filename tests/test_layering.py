@@ -19,6 +19,7 @@ HOUSES = ("samjax", "convert", "experiments", "benchmarks")
 MAY_IMPORT = {
     "samjax": {"samjax"},  # samjax/__init__.py gathers the public names
     "samjax.atomic": set(),
+    "samjax.prompt_labels": set(),
     "samjax.trees": set(),
     "samjax.frame": set(),
     "samjax.models": {"samjax.trees"},
@@ -33,12 +34,14 @@ MAY_IMPORT = {
     "experiments": {"samjax", "convert"},
     "benchmarks": {"samjax", "convert"},  # upstream's weights reach our model by the bridge
 }
-FOR_ALL = {"samjax.atomic"}  # writes files, and knows nothing of models or data
+# One writes files, the other names four numbers; neither knows anything of models or data.
+FOR_ALL = {"samjax.atomic", "samjax.prompt_labels"}
 
 # What a room may import from elsewhere (besides the standard library), where that is narrower
 # than "everything that pyproject.toml declares".
 MAY_IMPORT_FROM_ELSEWHERE = {
     "samjax.atomic": set(),
+    "samjax.prompt_labels": set(),
     "samjax.trees": {"flax", "jax", "numpy"},
     "samjax.frame": {"numpy", "PIL"},
     "samjax.models": {"flax", "jax", "jaxtyping", "numpy", "safetensors"},

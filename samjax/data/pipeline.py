@@ -19,9 +19,10 @@ from absl import flags
 
 from samjax.data.folder import SegmentationDataset
 from samjax.data.images import DataError
-from samjax.data.prompts import INVALID, as_modes, num_slots, sample_prompt
+from samjax.data.prompts import as_modes, num_slots, sample_prompt
 from samjax.data.transforms import Augment
 from samjax.frame import pad_to_frame, resize, resized_size
+from samjax.prompt_labels import INVALID
 
 Batch = dict[str, np.ndarray]
 

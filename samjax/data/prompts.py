@@ -1,8 +1,7 @@
 """Simulated user prompts, drawn from a ground-truth mask, in arrays of a fixed size.
 
-Labels follow Meta's `SamOnnxModel` (1 foreground, 0 background, 2 and 3 the corners of a box,
--1 the point that means "no box given" and that upstream's prompt encoder appends by itself), and
-add -2 for a slot that does not exist, so that a batch can mix prompts of any length.
+Labels are those of `samjax.prompt_labels`; the padding point, which upstream's prompt encoder
+appends to points without a box by itself, is among the slots.
 
 Coordinates are (x, y) pixel indices in the model's frame; the half pixel to the centre is added
 by the prompt encoder, as upstream does.
@@ -12,7 +11,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FOREGROUND, BACKGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, PAD, INVALID = 1, 0, 2, 3, -1, -2
+from samjax.prompt_labels import (
+    BACKGROUND,
+    BOTTOM_RIGHT,
+    FOREGROUND,
+    INVALID,
+    NOT_A_POINT,
+    TOP_LEFT,
+)
 
 MODES = ("none", "points", "box")
 
@@ -99,10 +105,10 @@ def sample_prompt(
         coords[: len(points)] = points
         labels[: len(inside)] = FOREGROUND
         labels[len(inside) : len(points)] = BACKGROUND
-        labels[len(points)] = PAD
+        labels[len(points)] = NOT_A_POINT
     elif chosen == "box" and mask.any():
         coords[:2] = _draw_box(mask, box_jitter, rng)
-        labels[:2] = BOX_TOP_LEFT, BOX_BOTTOM_RIGHT
+        labels[:2] = TOP_LEFT, BOTTOM_RIGHT
     return coords, labels
 
 

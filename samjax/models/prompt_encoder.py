@@ -21,10 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from samjax.models.layers import Embedding, conv, gelu, layer_norm
-
-INVALID = -2  # the slot does not exist: masked out of the decoder's attention
-NOT_A_POINT = -1  # upstream's padding point, which takes part in the attention
-BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2, 3
+from samjax.prompt_labels import BOTTOM_RIGHT, INVALID, NOT_A_POINT, TOP_LEFT
 
 
 class EncodedPrompt(NamedTuple):

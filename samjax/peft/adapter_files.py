@@ -76,8 +76,10 @@ def write_adapter(
 def read_adapter(path: str | Path) -> Adapter:
     """Reads an adapter of any of the three kinds; the kind is recognised by the content.
 
-    ``path`` is a safetensors file, or for PEFT also the folder.  SAMed's numbering starts at the
-    first block of the encoder; whether the blocks are as many as the model's shows in ``merge``.
+    ``path`` is a safetensors file, or for PEFT also the folder.  SAMed's numbering says nothing of
+    the model: it is taken to start at the first block of the encoder.  More blocks than the model
+    has are an error in ``merge``; a file whose training left out some blocks (Sam_LoRA's
+    ``lora_layer``) cannot be told from one of the first blocks.
 
     Raises ``ValueError`` naming the file and all that is wrong with it: missing, truncated, no
     adapter, unpaired or unknown tensors, unsupported settings, NaN.

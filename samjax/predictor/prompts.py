@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from samjax.models.prompt_encoder import BACKGROUND, FOREGROUND, INVALID, NOT_A_POINT
+from samjax.prompt_labels import BACKGROUND, FOREGROUND, INVALID, NOT_A_POINT
 
 TOLERANCE = 1.0  # pixels that a prompt may lie beyond the image's edge: detectors' boxes do
 SLOTS = (4, 16, 64)  # numbers of prompt tokens that are compiled for; above, multiples of the last

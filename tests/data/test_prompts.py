@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from samjax.data import num_slots, sample_prompt
-from samjax.data.prompts import BACKGROUND, FOREGROUND, INVALID, PAD
+from samjax.prompt_labels import BACKGROUND, FOREGROUND, INVALID, NOT_A_POINT
 
 masks = arrays(bool, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12))
 
@@ -49,7 +49,7 @@ def test_every_mode_fills_the_same_number_of_slots(mask, rng, modes, counts, slo
 
 def test_points_lie_where_their_labels_say_and_end_with_the_pad_point(mask, rng):
     coords, labels = sample_prompt(mask, "points", rng, num_points=40, num_negatives=30)
-    np.testing.assert_array_equal(labels, [FOREGROUND] * 40 + [BACKGROUND] * 30 + [PAD])
+    np.testing.assert_array_equal(labels, [FOREGROUND] * 40 + [BACKGROUND] * 30 + [NOT_A_POINT])
     x, y = coords.astype(int).T
     assert (coords == coords.astype(int)).all()
     assert mask[y[:40], x[:40]].all()
@@ -99,20 +99,20 @@ def test_points_of_any_mask(mask, seed):
     x, y = coords.astype(int).T
     assert mask[y[labels == FOREGROUND], x[labels == FOREGROUND]].all()
     assert not mask[y[labels == BACKGROUND], x[labels == BACKGROUND]].any()
-    assert (labels == PAD).sum() == 1
+    assert (labels == NOT_A_POINT).sum() == 1
     assert (labels == FOREGROUND).sum() == (2 if mask.any() else 0)
 
 
 def test_a_mask_without_foreground(rng):
     empty = np.zeros((4, 6), bool)
     labels = sample_prompt(empty, "points", rng, num_points=3, num_negatives=1)[1]
-    np.testing.assert_array_equal(labels, [BACKGROUND, PAD, INVALID, INVALID, INVALID])
+    np.testing.assert_array_equal(labels, [BACKGROUND, NOT_A_POINT, INVALID, INVALID, INVALID])
     assert (sample_prompt(empty, ("box",), rng)[1] == INVALID).all()
 
 
 def test_a_mask_without_background_gives_no_background_points(rng):
     labels = sample_prompt(np.ones((4, 6), bool), "points", rng, num_points=1, num_negatives=2)[1]
-    np.testing.assert_array_equal(labels, [FOREGROUND, PAD, INVALID, INVALID])
+    np.testing.assert_array_equal(labels, [FOREGROUND, NOT_A_POINT, INVALID, INVALID])
 
 
 def test_of_several_modes_each_is_drawn_as_often(mask, rng):

@@ -9,44 +9,19 @@ import pytest
 from flax import nnx
 
 from samjax.models import functional, vit
-from samjax.models.prompt_encoder import INVALID, merge_prompts
+from samjax.models.prompt_encoder import merge_prompts
 from samjax.models.sam import VARIANTS, SamConfig, vit_b, vit_xs
 from samjax.models.vit import ViTConfig
-from samjax.trees import flatten, unflatten
+from samjax.prompt_labels import INVALID
+from tiny_models import SAM as TINY
+from tiny_models import noisy_params
 
-TINY = SamConfig(  # every size differs from every other, and height from width
-    image_encoder=ViTConfig(
-        image_size=(48, 80),
-        width=24,
-        depth=2,
-        heads=3,
-        mlp_ratio=1.5,
-        window=2,
-        global_blocks=(1,),
-        out_channels=32,
-    ),
-    num_multimask=2,
-    mask_channels=12,
-    decoder_heads=4,
-    decoder_mlp_width=40,
-    iou_head_width=20,
-)
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """These models take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
 def params():
-    """Random everywhere: position tables and biases, which start at zero, as well."""
-    rng = np.random.default_rng(1)
-    flat = flatten(functional.init_params(TINY, seed=3))
-    return unflatten({k: v + 0.1 * rng.normal(size=v.shape).astype("f") for k, v in flat.items()})
+    return noisy_params(TINY)
 
 
 @pytest.fixture(scope="module")

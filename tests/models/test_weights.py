@@ -10,8 +10,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from samjax.models import functional
-from samjax.models.sam import SamConfig
-from samjax.models.vit import ViTConfig
 from samjax.models.weights import (
     WeightsError,
     load_tensors,
@@ -20,33 +18,14 @@ from samjax.models.weights import (
     save_tensors,
     save_weights,
 )
-from samjax.trees import flatten, unflatten
-
-TINY = SamConfig(  # every size differs from every other, and height from width
-    image_encoder=ViTConfig(
-        image_size=(48, 80),
-        width=24,
-        depth=2,
-        heads=3,
-        mlp_ratio=1.5,
-        window=2,
-        global_blocks=(1,),
-        out_channels=32,
-    ),
-    num_multimask=2,
-    mask_channels=12,
-    decoder_heads=4,
-    decoder_mlp_width=40,
-    iou_head_width=20,
-)
+from samjax.trees import flatten
+from tiny_models import SAM as TINY
+from tiny_models import random_params
 
 
 @pytest.fixture(scope="module")
 def params():
-    """Random everywhere: position tables and biases, which start at zero, as well."""
-    rng = np.random.default_rng(1)
-    flat = flatten(functional.abstract_params(TINY))
-    return unflatten({k: jnp.asarray(rng.normal(size=v.shape), "f") for k, v in flat.items()})
+    return random_params(TINY)
 
 
 @pytest.fixture

@@ -20,28 +20,10 @@ from convert.reference import (  # noqa: E402
 )
 from convert.sam import convert, main, sam_model_registry, to_torch  # noqa: E402
 from convert.sam_verify import VerificationError, compare, example_image, verify  # noqa: E402
-from samjax.models.sam import VARIANTS, SamConfig  # noqa: E402
-from samjax.models.vit import ViTConfig  # noqa: E402
+from samjax.models.sam import VARIANTS  # noqa: E402
 from samjax.trees import flatten  # noqa: E402
+from tiny_models import SAM_PADDED as TINY  # noqa: E402
 
-# Every dimension differs, the grid is no square, and windows need padding.
-TINY = SamConfig(
-    image_encoder=ViTConfig(
-        image_size=(48, 80),
-        patch_size=8,
-        width=24,
-        depth=2,
-        heads=2,
-        mlp_ratio=2.5,
-        window=4,
-        global_blocks=(1,),
-        out_channels=32,
-    ),
-    num_multimask=4,
-    mask_channels=20,
-    decoder_mlp_width=44,
-    iou_head_width=36,
-)
 SQUARE = dataclasses.replace(
     TINY, image_encoder=dataclasses.replace(TINY.image_encoder, image_size=(56, 56))
 )
@@ -112,7 +94,7 @@ def test_files_of_full_size(tmp_path: Path):
 
 
 @pytest.mark.parametrize("config", [TINY, SQUARE], ids=["rectangle", "square"])
-def test_reference_has_the_shapes_of_the_config(config: SamConfig):
+def test_reference_has_the_shapes_of_the_config(config):
     model = build_reference_sam(config)
     assert not model.training
     found, params = convert(as_arrays(model))

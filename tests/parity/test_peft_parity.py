@@ -1,6 +1,7 @@
 """LoRA against PyTorch: loralib's definition, and PEFT itself where it is installed."""
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,48 +9,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import tiny_models
 from samjax.models import functional
 from samjax.models.layers import Dense, SidePath
-from samjax.models.sam import SamConfig
-from samjax.models.vit import ViTConfig
 from samjax.peft.adapter_files import read_adapter, write_peft
 from samjax.peft.lora import Adapter, LoraConfig, init_factors, merge
 from samjax.trees import flatten
 
 torch = pytest.importorskip("torch")
 
-TINY = SamConfig(
-    image_encoder=ViTConfig(
-        image_size=(48, 80),
-        width=24,
-        depth=2,
-        heads=3,
-        mlp_ratio=1.5,
-        window=2,
-        global_blocks=(1,),
-        out_channels=32,
-    ),
-    num_multimask=2,
-    mask_channels=12,
-    decoder_depth=1,
-    decoder_heads=4,
-    decoder_mlp_width=40,
-    iou_head_width=20,
-)
+TINY = dataclasses.replace(tiny_models.SAM, decoder_depth=1)
 EVERYTHING = LoraConfig(
     rank=3,
     alpha=2.0,
     projections=("q", "v", "o", "mlp"),
     parts=("image_encoder", "mask_decoder"),
 )
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """These models take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

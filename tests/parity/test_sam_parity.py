@@ -20,30 +20,12 @@ from convert.reference import build_reference_sam, randomise  # noqa: E402
 from convert.sam import convert  # noqa: E402
 from samjax.models.functional import bind  # noqa: E402
 from samjax.models.prompt_encoder import merge_prompts  # noqa: E402
-from samjax.models.sam import SamConfig, vit_b, vit_h, vit_l  # noqa: E402
-from samjax.models.vit import ViTConfig  # noqa: E402
+from samjax.models.sam import vit_b, vit_h, vit_l  # noqa: E402
+from tiny_models import SAM_PADDED as TINY  # noqa: E402
 
 TOLERANCE = 1e-5  # of the standard deviation
 BATCH, POINTS = 3, 2
 
-# Every dimension differs, the grid is no square, and windows need padding both ways.
-TINY = SamConfig(
-    image_encoder=ViTConfig(
-        image_size=(48, 80),
-        patch_size=8,
-        width=24,
-        depth=2,
-        heads=2,
-        mlp_ratio=2.5,
-        window=4,
-        global_blocks=(1,),
-        out_channels=32,
-    ),
-    num_multimask=4,
-    mask_channels=20,
-    decoder_mlp_width=44,
-    iou_head_width=36,
-)
 MODULES = [
     *("patch embedding", "windowed attention", "windowed block", "global attention"),
     *("global block", "neck", "image embedding", "image positions"),
@@ -87,7 +69,7 @@ def relative(found, expected) -> float:
     return float(np.abs(found - expected).max() / expected.std())
 
 
-def reference(config: SamConfig):
+def reference(config):
     model = randomise(build_reference_sam(config), seed=0)
     _, params = convert({k: to_numpy(v) for k, v in model.state_dict().items()}, config)
     return model, jax.tree.map(jnp.asarray, params)

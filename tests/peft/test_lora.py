@@ -1,5 +1,6 @@
 """LoRA as data: the side path, the merge, and what is trained."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import tiny_models
 from samjax.models import functional
 from samjax.models.layers import Dense, SidePath
-from samjax.models.sam import SamConfig, vit_b
-from samjax.models.vit import ViTConfig
+from samjax.models.sam import vit_b
 from samjax.peft.adapter_files import read_adapter
 from samjax.peft.lora import (
     Adapter,
@@ -24,24 +25,7 @@ from samjax.peft.lora import (
 )
 from samjax.trees import flatten, unflatten
 
-TINY = SamConfig(  # every size differs from every other, and height from width
-    image_encoder=ViTConfig(
-        image_size=(48, 80),
-        width=24,
-        depth=2,
-        heads=3,
-        mlp_ratio=1.5,
-        window=2,
-        global_blocks=(1,),
-        out_channels=32,
-    ),
-    num_multimask=2,
-    mask_channels=12,
-    decoder_depth=1,
-    decoder_heads=4,
-    decoder_mlp_width=40,
-    iou_head_width=20,
-)
+TINY = dataclasses.replace(tiny_models.SAM, decoder_depth=1)
 EVERYTHING = LoraConfig(
     rank=3,
     alpha=1.5,
@@ -49,14 +33,7 @@ EVERYTHING = LoraConfig(
     parts=("image_encoder", "mask_decoder"),
 )
 QKV = "image_encoder/blocks/{}/attn/qkv"
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """These models take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def noise(rng, tree, size=0.1):
