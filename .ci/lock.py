@@ -1,10 +1,10 @@
 """Writes constraints.txt: `python .ci/lock.py python3.11 python3.12` (or `make lock`).
 
-Resolves the core, `convert`, `dev`, `video` and `volumes` requirements of pyproject.toml with pip
-under Python 3.11, and all but `convert` under a newer Python. A package that both resolve to one version gets
-one line, one that differs gets a line for each Python. torch and what it needs are resolved under
-3.11 only, and pinned for both: on Linux an installation of torch may bring several GB of CUDA,
-which torch itself pins to the last digit.
+Resolves the core and the extras `convert`, `dev`, `video` and `volumes` of pyproject.toml with pip
+under Python 3.11, and all but `convert` under a newer Python. A package that both resolve to one
+version gets one line, one that differs gets a line for each Python. torch and what it needs are
+resolved under 3.11 only, and pinned for both: on Linux an installation of torch may bring several
+GB of CUDA, which torch itself pins to the last digit.
 """
 
 import json
