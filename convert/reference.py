@@ -17,24 +17,33 @@ from typing import Any
 
 from convert.torch_io import import_torch
 from samjax.models.sam import SamConfig
+from samjax.models.sam2_config import Sam2Config
 
 
-@functools.cache
 def import_segment_anything() -> Any:
     """Meta's `segment_anything` package, importable beside any PyTorch build.
 
     Raises:
         ImportError: it, torchvision or PyTorch is not installed; names the extra that brings it.
     """
+    return _import_reference("segment_anything")
+
+
+def import_sam2() -> Any:
+    """Meta's `sam2` package; as `import_segment_anything`."""
+    return _import_reference("sam2")
+
+
+@functools.cache
+def _import_reference(package: str) -> Any:
     torch = import_torch()
     try:
         _import_torchvision(torch)
-        import segment_anything
+        return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(
             f"Meta's reference code cannot be imported ({error}): pip install 'samjax[reference]'"
         ) from error
-    return segment_anything
 
 
 def build_reference_sam(config: SamConfig) -> Any:
@@ -95,6 +104,143 @@ def build_reference_sam(config: SamConfig) -> Any:
         pixel_std=list(config.pixel_std),
     )
     return sam.eval()
+
+
+def build_reference_sam2(config: Sam2Config) -> Any:
+    """Upstream's `SAM2VideoPredictor` for any of our square configs, random weights, eval, float32.
+
+    As upstream's `build_sam2_video_predictor` makes it, with the dynamic choice of masks by
+    stability and certain masks on prompted frames, but without filling holes, which upstream does
+    on CUDA only. Its `SAM2ImagePredictor` takes this model as well.
+
+    Raises:
+        ImportError: the reference package is not installed.
+        ValueError: the config's frame is no square, which upstream cannot build.
+    """
+    import_sam2()
+    _check_decoder(config)
+    height, width = config.image_size
+    if height != width:
+        raise ValueError(f"upstream's SAM 2 takes square frames only, not {config.image_size}")
+    load = importlib.import_module
+    memory = load("sam2.modeling.memory_encoder")
+    sine = load("sam2.modeling.position_encoding").PositionEmbeddingSine
+    channels = config.image_encoder.out_channels
+    predictor = load("sam2.sam2_video_predictor").SAM2VideoPredictor(
+        image_encoder=_build_hiera(load, config, sine(channels)),
+        memory_attention=_build_memory_attention(load, config),
+        memory_encoder=memory.MemoryEncoder(
+            out_dim=config.memory_width,
+            in_dim=channels,
+            position_encoding=sine(config.memory_width),
+            mask_downsampler=memory.MaskDownSampler(
+                embed_dim=channels, kernel_size=3, stride=2, padding=1
+            ),
+            fuser=memory.Fuser(memory.CXBlock(channels), num_layers=2),
+        ),
+        num_maskmem=config.num_memories,
+        max_obj_ptrs_in_encoder=config.num_pointers,
+        image_size=height,
+        no_obj_embed_spatial=config.occlusion_embedding,
+        add_tpos_enc_to_obj_ptrs=config.pointer_times,
+        proj_tpos_enc_in_obj_ptrs=config.pointer_times,
+        use_signed_tpos_enc_to_obj_ptrs=config.pointer_times,
+        sam_mask_decoder_extra_args={
+            "dynamic_multimask_via_stability": True,
+            "dynamic_multimask_stability_delta": 0.05,
+            "dynamic_multimask_stability_thresh": 0.98,
+        },
+        binarize_mask_from_pts_for_mem_enc=True,
+        **_SAM2_OPTIONS,
+    )
+    return predictor.eval()
+
+
+_SAM2_OPTIONS: dict[str, Any] = {
+    "sigmoid_scale_for_mem_enc": 20.0,
+    "sigmoid_bias_for_mem_enc": -10.0,
+    "use_mask_input_as_output_without_sam": True,
+    "directly_add_no_mem_embed": True,
+    "use_high_res_features_in_sam": True,
+    "multimask_output_in_sam": True,
+    "iou_prediction_use_sigmoid": True,
+    "use_obj_ptrs_in_encoder": True,
+    "only_obj_ptrs_in_the_past_for_eval": True,
+    "pred_obj_scores": True,
+    "pred_obj_scores_mlp": True,
+    "fixed_no_obj_ptr": True,
+    "multimask_output_for_tracking": True,
+    "use_multimask_token_for_obj_ptr": True,
+    "multimask_min_pt_num": 0,
+    "multimask_max_pt_num": 1,
+    "use_mlp_for_obj_ptr_proj": True,
+}
+"""What all of upstream's configurations have in common (`sam2/configs`)."""
+
+
+def _build_hiera(load: Any, config: Sam2Config, positions: Any) -> Any:
+    hiera, encoder = config.image_encoder, load("sam2.modeling.backbones.image_encoder")
+    trunk = load("sam2.modeling.backbones.hieradet").Hiera(
+        embed_dim=hiera.width,
+        num_heads=hiera.heads,
+        stages=hiera.stages,
+        global_att_blocks=hiera.global_blocks,
+        window_pos_embed_bkg_spatial_size=hiera.position_grid,
+        window_spec=hiera.windows,
+    )
+    neck = encoder.FpnNeck(
+        position_encoding=positions,
+        d_model=hiera.out_channels,
+        backbone_channel_list=list(reversed(hiera.stage_widths)),
+        fpn_top_down_levels=list(hiera.top_down_levels),
+        fpn_interp_model="nearest",
+    )
+    return encoder.ImageEncoder(trunk=trunk, neck=neck, scalp=1)
+
+
+def _build_memory_attention(load: Any, config: Sam2Config) -> Any:
+    memory = load("sam2.modeling.memory_attention")
+    attention = functools.partial(
+        load("sam2.modeling.sam.transformer").RoPEAttention,
+        embedding_dim=config.image_encoder.out_channels,
+        num_heads=1,
+        feat_sizes=config.image_encoder.grid,
+    )
+    layer = memory.MemoryAttentionLayer(
+        activation="relu",
+        dim_feedforward=config.memory_mlp_width,
+        dropout=0.1,
+        pos_enc_at_attn=False,
+        self_attention=attention(),
+        d_model=config.image_encoder.out_channels,
+        pos_enc_at_cross_attn_keys=True,
+        pos_enc_at_cross_attn_queries=False,
+        cross_attention=attention(rope_k_repeat=True, kv_in_dim=config.memory_width),
+    )
+    return memory.MemoryAttention(
+        d_model=config.image_encoder.out_channels,
+        pos_enc_at_input=True,
+        layer=layer,
+        num_layers=config.memory_depth,
+    )
+
+
+def _check_decoder(config: Sam2Config) -> None:
+    """Upstream writes the decoder's sizes into the code; no config can ask for others."""
+    fixed = Sam2Config()
+    for name in (
+        "num_multimask",
+        "mask_channels",
+        "decoder_depth",
+        "decoder_heads",
+        "decoder_mlp_width",
+        "iou_head_width",
+        "iou_head_depth",
+    ):
+        if getattr(config, name) != getattr(fixed, name):
+            raise ValueError(
+                f"upstream's SAM 2 has {name} {getattr(fixed, name)}, not {getattr(config, name)}"
+            )
 
 
 def randomise(model: Any, seed: int) -> Any:

@@ -1,29 +1,23 @@
-"""What a SAM (v1) checkpoint is, told from the names and shapes of its tensors alone.
-
-Most sizes appear in several tensors; `infer_config` takes the value that most of them agree on, so
-that a checkpoint with a missing or mis-shaped tensor is still recognised, and the bridge can then
-name that tensor.
-"""
+"""What a SAM (v1) checkpoint is, told from the names and shapes of its tensors alone."""
 
 from __future__ import annotations
 
 import collections
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from convert import shapes as shapes_of
+from convert.shapes import Shapes, count_layers, infer_prompting, mlp_ratio, vote
 from convert.torch_io import CheckpointError
 from samjax.models.sam import VARIANTS, SamConfig
 from samjax.models.vit import ViTConfig
 
-Shapes = dict[str, tuple[int, ...]]
-
-_LAYER_SHARE = 0.5
-"""A block with fewer of its tensors than this share is a stray, not a layer of the model."""
-
+_SAM2 = "SAM 2; convert it by: python -m convert.sam2"
 _OTHERS = (
-    (r"(sam_mask_decoder\.|sam_prompt_encoder\.|image_encoder\.trunk\.|memory_).*", "SAM 2"),
+    (r"(sam_mask_decoder\.|sam_prompt_encoder\.|image_encoder\.trunk\.|memory_).*", _SAM2),
     (r"image_encoder\.patch_embed\.seq\..*", "MobileSAM (its image encoder is a TinyViT)"),
     (r"mask_decoder\.hf_token\.weight", "HQ-SAM"),
     (r"vision_encoder\..*", "Hugging Face's rewriting of SAM (SamModel)"),
@@ -33,16 +27,7 @@ _OTHERS = (
 )
 
 
-def strip_wrapper(state_dict: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Take off a prefix that a wrapper such as a Lightning module put before every key.
-
-    Returns (prefix, state dict); the prefix is "" where there is none.
-    """
-    names = [name for name in state_dict if name.endswith("image_encoder.pos_embed")]
-    prefix = names[0].removesuffix("image_encoder.pos_embed") if len(names) == 1 else ""
-    if not all(name.startswith(prefix) for name in state_dict):
-        prefix = ""
-    return prefix, {name.removeprefix(prefix): leaf for name, leaf in state_dict.items()}
+strip_wrapper = functools.partial(shapes_of.strip_wrapper, anchor="image_encoder.pos_embed")
 
 
 def infer_config(state_dict: Mapping[str, Any]) -> SamConfig:
@@ -59,51 +44,9 @@ def infer_config(state_dict: Mapping[str, Any]) -> SamConfig:
         CheckpointError: it is not a SAM checkpoint (the message says what it looks like), or too
             little of it is there to tell.
     """
-    shapes: Shapes = {name: tuple(leaf.shape) for name, leaf in state_dict.items()}
-    _check_is_sam(shapes)
-    vit = _infer_image_encoder(shapes)
-    heads = re.compile(r"mask_decoder\.output_hypernetworks_mlps\.(\d+)\..*")
-    iou = re.compile(r"mask_decoder\.iou_prediction_head\.layers\.(\d+)\..*")
-    # What is wholly absent gets upstream's size, and the bridge then lists it as missing.
-    iou_depth = _count_layers(shapes, iou) or 3
-    masks = _vote(
-        shapes,
-        "the number of masks",
-        (r"mask_decoder\.mask_tokens\.weight", 0),
-        (rf"mask_decoder\.iou_prediction_head\.layers\.{iou_depth - 1}\.(weight|bias)", 0),
-        extra=[count for count in [_count_layers(shapes, heads)] if count],
-        default=4,
-    )
-    return SamConfig(
-        image_encoder=vit,
-        num_multimask=masks - 1,
-        mask_channels=_vote(
-            shapes,
-            "the channels of the mask prompt",
-            (r"prompt_encoder\.mask_downscaling\.[34]\.(weight|bias)", 0),
-            (r"prompt_encoder\.mask_downscaling\.6\.weight", 1),
-            default=16,
-        ),
-        decoder_depth=_count_layers(
-            shapes, re.compile(r"mask_decoder\.transformer\.layers\.(\d+)\..*")
-        )
-        or 2,
-        decoder_mlp_width=_vote(
-            shapes,
-            "the MLP width of the decoder",
-            (r"mask_decoder\.transformer\.layers\.\d+\.mlp\.lin1\.(weight|bias)", 0),
-            (r"mask_decoder\.transformer\.layers\.\d+\.mlp\.lin2\.weight", 1),
-            default=2048,
-        ),
-        iou_head_width=_vote(
-            shapes,
-            "the width of the IoU head",
-            (r"mask_decoder\.iou_prediction_head\.layers\.0\.(weight|bias)", 0),
-            (r"mask_decoder\.iou_prediction_head\.layers\.1\.weight", 1),
-            default=256,
-        ),
-        iou_head_depth=iou_depth,
-    )
+    found: Shapes = {name: tuple(leaf.shape) for name, leaf in state_dict.items()}
+    _check_is_sam(found)
+    return SamConfig(image_encoder=_infer_image_encoder(found), **infer_prompting(found))
 
 
 def variant_name(config: SamConfig) -> str:
@@ -148,23 +91,23 @@ def _check_is_sam(shapes: Shapes) -> None:
 
 def _infer_image_encoder(shapes: Shapes) -> ViTConfig:
     block = r"image_encoder\.blocks\.\d+\."
-    width = _vote(
+    width = vote(
         shapes,
         "the width of the image encoder",
         (block + r"norm[12]\.(weight|bias)", 0),
         (block + r"(attn\.proj|mlp\.lin2)\.bias", 0),
         (r"image_encoder\.patch_embed\.proj\.bias", 0),
     )
-    head_dim = _vote(shapes, "the width of a head", (block + r"attn\.rel_pos_[hw]", 1))
-    hidden = _vote(shapes, "the width of an MLP", (block + r"mlp\.lin1\.(weight|bias)", 0))
-    patch = _vote(
+    head_dim = vote(shapes, "the width of a head", (block + r"attn\.rel_pos_[hw]", 1))
+    hidden = vote(shapes, "the width of an MLP", (block + r"mlp\.lin1\.(weight|bias)", 0))
+    patch = vote(
         shapes,
         "the patch size",
         (r"image_encoder\.patch_embed\.proj\.weight", 2),
         (r"image_encoder\.patch_embed\.proj\.weight", 3),
         default=16,
     )
-    depth = _count_layers(shapes, re.compile(r"image_encoder\.blocks\.(\d+)\..*"))
+    depth = count_layers(shapes, re.compile(r"image_encoder\.blocks\.(\d+)\..*"))
     if width % head_dim:
         raise CheckpointError(f"a width of {width} is not a multiple of the head's, {head_dim}")
     heads = width // head_dim
@@ -175,10 +118,10 @@ def _infer_image_encoder(shapes: Shapes) -> ViTConfig:
         width=width,
         depth=depth,
         heads=heads,
-        mlp_ratio=_mlp_ratio(width, hidden),
+        mlp_ratio=mlp_ratio(width, hidden),
         window=window,
         global_blocks=global_blocks,
-        out_channels=_vote(
+        out_channels=vote(
             shapes,
             "the channels of the image embedding",
             (r"image_encoder\.neck\.\d\.(weight|bias)", 0),
@@ -186,12 +129,6 @@ def _infer_image_encoder(shapes: Shapes) -> ViTConfig:
             (r"mask_decoder\.transformer\.layers\.\d+\.norm\d\.(weight|bias)", 0),
         ),
     )
-
-
-def _mlp_ratio(width: int, hidden: int) -> float:
-    """The ratio from which the model gets `hidden` back by `int(width * ratio)`."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
 def _infer_windows(
@@ -237,30 +174,3 @@ def _is_global(pair: list[int | None], grid: tuple[int, int], window: int) -> bo
         if side is not None and cells != window
     ]
     return sum(votes) > 0
-
-
-def _vote(
-    shapes: Shapes,
-    what: str,
-    *places: tuple[str, int],
-    extra: list[int] | None = None,
-    default: int | None = None,
-) -> int:
-    """The length that most tensors have: `places` are (regex on the name, axis)."""
-    ballots = collections.Counter(extra or [])
-    for pattern, axis in places:
-        for name, shape in shapes.items():
-            if len(shape) > axis and re.fullmatch(pattern, name):
-                ballots[shape[axis]] += 1
-    if ballots:
-        return ballots.most_common(1)[0][0]
-    if default is None:
-        raise CheckpointError(f"cannot tell {what}: none of the tensors that show it is there")
-    return default
-
-
-def _count_layers(shapes: Shapes, pattern: re.Pattern[str]) -> int:
-    """One more than the highest index, leaving out indices with few of a layer's tensors."""
-    tensors = collections.Counter(int(m.group(1)) for m in map(pattern.fullmatch, shapes) if m)
-    enough = _LAYER_SHARE * max(tensors.values(), default=0)
-    return 1 + max((index for index, count in tensors.items() if count >= enough), default=-1)

@@ -8,7 +8,6 @@ deviation of upstream's result, in float32 with exact matrix products.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from convert import verify as verify_by
 from convert.reference import build_reference_sam
 from convert.sam import to_torch
 from convert.torch_io import import_torch
+from convert.verify import TOLERANCE, Stage, report, stages
 from samjax.models.functional import bind
 from samjax.models.mask_decoder import MaskPrediction
+from samjax.models.ops import normalise_pixels
 from samjax.models.prompt_encoder import EncodedPrompt, merge_prompts
 from samjax.models.sam import SamConfig
 from samjax.predictor.sam import ResizeToFrame
 from samjax.trees import Params
-
-TOLERANCE = 1e-4
-"""Largest difference allowed, in standard deviations; torch against itself in float64: 4e-6."""
-
-
-class VerificationError(ValueError):
-    """The two models do not agree."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How far the two models are apart after one stage.
-
-    Attributes:
-        difference: largest absolute difference.
-        deviation: standard deviation of upstream's result.
-    """
-
-    name: str
-    difference: float
-    deviation: float
-
-    @property
-    def relative(self) -> float:
-        """The difference in standard deviations."""
-        return self.difference / (self.deviation or 1.0)
 
 
 def verify(config: SamConfig, params: Params, image: Path | None = None) -> list[Stage]:
@@ -67,17 +43,7 @@ def verify(config: SamConfig, params: Params, image: Path | None = None) -> list
         ImportError: the reference package is not installed.
     """
     pixels = example_image(config) if image is None else read(image, config)
-    stages = compare(config, params, pixels)
-    print(f"  {'stage':<28} {'largest difference':>18} {'over the std':>13}")
-    for stage in stages:
-        print(f"  {stage.name:<28} {stage.difference:>18.2e} {stage.relative:>13.2e}")
-    worst = [stage for stage in stages if not stage.relative <= TOLERANCE]
-    if worst:
-        raise VerificationError(
-            f"differs from Meta's model by more than {TOLERANCE:g} of the standard deviation at: "
-            + ", ".join(f"{stage.name} ({stage.relative:.1e})" for stage in worst)
-        )
-    return stages
+    return report(compare(config, params, pixels), TOLERANCE)
 
 
 def compare(config: SamConfig, params: Params, image: np.ndarray) -> list[Stage]:
@@ -91,25 +57,13 @@ def compare(config: SamConfig, params: Params, image: np.ndarray) -> list[Stage]
     prompts = _prompts(config, image.shape[:2])
     theirs = _run_upstream(config, params, image, prompts)
     ours = _run_ours(config, params, image, prompts)
-    stages = []
-    for name, expected in theirs.items():
-        found = ours[name]
-        if found.shape != expected.shape:
-            raise VerificationError(f"{name}: shape {found.shape}, upstream {expected.shape}")
-        difference = np.abs(found.astype(np.float64) - expected).max(initial=0.0)
-        stages.append(Stage(name, float(difference), float(expected.astype(np.float64).std())))
-    return stages
+    return stages(theirs, ours)
 
 
 def example_image(config: SamConfig) -> np.ndarray:
-    """A made-up image, always the same: float32 (h, w, 3) of 0..255, narrower than the frame."""
+    """A made-up image narrower than the frame, so that there is padding."""
     height, width = config.image_size
-    width = max(1, int(0.8 * width))
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[0:height, 0:width] / np.float32(max(height, width))
-    disc = (x - 0.4) ** 2 + (y - 0.6) ** 2 < 0.04
-    channels = np.stack([255 * x, 255 * y, np.where(disc, 220, 60)], axis=-1)
-    return np.clip(channels + rng.normal(0, 20, channels.shape), 0, 255).astype(np.float32)
+    return verify_by.example_image((height, max(1, int(0.8 * width))))
 
 
 def read(path: Path, config: SamConfig) -> np.ndarray:
@@ -187,15 +141,15 @@ def _run_ours(
     frame[0, : image.shape[0], : image.shape[1]] = image
 
     with jax.default_matmul_precision("highest"):
-        stages = _encode(config, params, frame, jnp.array([image.shape[:2]], jnp.int32))
-        results = {name: np.asarray(stage) for name, stage in stages.items()}
+        encoded = _encode(config, params, frame, jnp.array([image.shape[:2]], jnp.int32))
+        results = {name: np.asarray(stage) for name, stage in encoded.items()}
         for name, given in prompts.items():
             coords, labels = merge_prompts(
                 given.get("points"), given.get("labels"), given.get("boxes")
             )
             mask = given["mask"][..., None] if "mask" in given else None
             prompt, decoded = _decode(
-                config, params, stages["image embedding"], coords, labels, mask
+                config, params, encoded["image embedding"], coords, labels, mask
             )
             results[f"{name}: sparse prompt"] = np.asarray(prompt.sparse)
             results[f"{name}: dense prompt"] = np.asarray(prompt.dense)
@@ -210,14 +164,14 @@ def _encode(
 ) -> dict[str, jax.Array]:
     """Every stage of the image encoder, by its name."""
     model = bind(config, params)
-    encoder, stages = model.image_encoder, {}
-    pixels = model.normalise(frame, sizes)
-    stages["patch embedding"] = encoder.patch_embed(pixels)
+    encoder, found = model.image_encoder, {}
+    pixels = normalise_pixels(config, frame, sizes)
+    found["patch embedding"] = encoder.patch_embed(pixels)
     x = encoder.embed_patches(pixels)
     for index, block in enumerate(encoder.blocks):
-        x = stages[f"block {index}"] = block(x)
-    stages["image embedding"] = encoder.neck(x)
-    return stages
+        x = found[f"block {index}"] = block(x)
+    found["image embedding"] = encoder.neck(x)
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -126,8 +126,10 @@ def read_checkpoint(
     return arrays, CheckpointInfo(path, digest, container, found, prefix, dict(dtypes), metadata)
 
 
-def write_torch(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a bare state dict that `torch.load(path)` and `load_state_dict` take; atomic.
+def write_torch(path: str | Path, arrays: Mapping[str, np.ndarray], key: str | None = None) -> None:
+    """Write a state dict that `torch.load(path)` and `load_state_dict` take; atomic.
+
+    It is the whole file, or lies under `key` in it.
 
     Raises:
         OSError: it cannot be written (a full disk, …); an older file at `path` is left as it was.
@@ -139,7 +141,7 @@ def write_torch(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
         for name, array in arrays.items()
     )
     with atomic_write(path) as temporary, temporary.open("wb") as stream:
-        torch.save(state_dict, stream)
+        torch.save(state_dict if key is None else {key: state_dict}, stream)
 
 
 def import_torch() -> Any:

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from samjax.models.functional import bind, init_params
     from samjax.models.sam import SamConfig, vit_b, vit_h, vit_l, vit_xs
+    from samjax.models.sam2_config import Sam2Config
     from samjax.models.weights import load_weights, resize_params, save_weights
     from samjax.peft.adapter_files import read_adapter, write_adapter
     from samjax.peft.lora import Adapter, LoraConfig, merge
-    from samjax.predictor import SamModel, SamPredictor
+    from samjax.predictor import SAM2ImagePredictor, SamModel, SamPredictor
+    from samjax.video import SAM2VideoPredictor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
     "LoraConfig",
+    "SAM2ImagePredictor",
+    "SAM2VideoPredictor",
+    "Sam2Config",
     "SamConfig",
     "SamModel",
     "SamPredictor",
@@ -38,10 +43,12 @@ __all__ = [
 _HOME = {
     "samjax.models.functional": ("bind", "init_params"),
     "samjax.models.sam": ("SamConfig", "vit_b", "vit_h", "vit_l", "vit_xs"),
+    "samjax.models.sam2_config": ("Sam2Config",),
     "samjax.models.weights": ("load_weights", "resize_params", "save_weights"),
     "samjax.peft.adapter_files": ("read_adapter", "write_adapter"),
     "samjax.peft.lora": ("Adapter", "LoraConfig", "merge"),
-    "samjax.predictor": ("SamModel", "SamPredictor"),
+    "samjax.predictor": ("SAM2ImagePredictor", "SamModel", "SamPredictor"),
+    "samjax.video": ("SAM2VideoPredictor",),
 }
 
 

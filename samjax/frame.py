@@ -63,3 +63,23 @@ def scale_coords(
     new_height, new_width = resized_size(original_size, frame_size)
     factors = new_width / original_size[1], new_height / original_size[0]
     return np.asarray(coords, np.float64) * np.array(factors)
+
+
+def stretch(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image uint8 (h, w, 3) at `size` (h, w) whatever its aspect, float32 of 0..255, unrounded.
+
+    As SAM 2's image predictor resizes: bilinear, antialiased, in floating point
+    (sam2/utils/transforms.py, torchvision's `Resize` on a tensor).
+    """
+    channels = [Image.fromarray(image[..., c].astype(np.float32), mode="F") for c in range(3)]
+    resized = [c.resize((size[1], size[0]), Image.Resampling.BILINEAR) for c in channels]
+    return np.stack([np.asarray(channel) for channel in resized], axis=-1)
+
+
+def stretch_video(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A frame of a clip, uint8 (h, w, 3), at `size` (h, w) whatever its aspect, uint8.
+
+    As SAM 2's video predictor resizes: Pillow's bicubic filter (sam2/utils/misc.py).
+    """
+    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.array(resized)

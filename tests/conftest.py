@@ -1,6 +1,7 @@
 """What every test gets: a fixed numerical setting, a random generator, the shared real files."""
 
 import atexit
+import locale
 import os
 import tempfile
 from pathlib import Path
@@ -61,3 +62,11 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def same_locale():
+    """Whatever a library does to it (GDCM, when it writes): the next test has the one of before."""
+    spoken = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, spoken)

@@ -35,7 +35,9 @@ def test_version_is_in_one_place():
     assert "version" not in settings["project"]
     assert settings["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "samjax.__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", samjax.__version__)
-    assignments = [relative(f) for f in FILES if re.search(r"^__version__ ?=", f.read_text(), re.M)]
+    assignments = [
+        relative(f) for f in FILES if re.search(r"^__version__ ?=", f.read_text("utf-8"), re.M)
+    ]
     assert assignments == ["samjax/__init__.py"]
 
 

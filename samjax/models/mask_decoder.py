@@ -1,8 +1,9 @@
-"""The mask decoder of SAM: a two-way transformer, upscaling, hypernetworks and IoU prediction.
+"""The mask decoder: a two-way transformer, upscaling, hypernetworks and IoU prediction.
 
-Paper: arXiv 2304.02643, §3 "Mask decoder" and figure 14.  Upstream:
+Papers: SAM (arXiv 2304.02643), §3 "Mask decoder" and figure 14; SAM 2 (arXiv 2408.00714), §4 and
+figure 9, which adds features of higher resolution, an object score and object pointers.  Upstream:
 facebookresearch/segment-anything@dca509f, ``segment_anything/modeling/mask_decoder.py`` and
-``transformer.py``.
+``transformer.py``; facebookresearch/sam2@2b90b9f, ``sam2/modeling/sam/``, the same names.
 
 Differs from upstream: all mask tokens' masks come back (the caller picks; SAMed keeps all k + 1),
 and prompt tokens marked invalid are masked out of the attention.
@@ -18,15 +19,21 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from samjax.models.layers import MLP, Dense, Embedding, Perceptron, gelu, layer_norm
+from samjax.models.layers import MLP, Dense, Embedding, Perceptron, conv, gelu, layer_norm
 from samjax.models.prompt_encoder import EncodedPrompt
 
 
 class MaskPrediction(NamedTuple):
-    """low_res_logits: one map per mask token, a quarter of the frame's size; iou: predicted."""
+    """low_res_logits: one map per mask token, a quarter of the frame's size; iou: predicted.
+
+    SAM 2 only: object_score_logits, positive where the object is in the frame, and mask_tokens,
+    the decoder's output of each mask token, of which one becomes the object pointer.
+    """
 
     low_res_logits: Float[Array, "b m h4 w4"]
     iou: Float[Array, "b m"]
+    object_score_logits: Float[Array, " b"] | None = None
+    mask_tokens: Float[Array, "b m c"] | None = None
 
 
 class Attention(nnx.Module):
@@ -139,8 +146,16 @@ class Upscaling(nnx.Module):
         self.norm = layer_norm(width // 4, eps=1e-6, dtype=dtype, rngs=rngs)
         self.deconv2 = deconv(width // 4, width // 8)
 
-    def __call__(self, x: Float[Array, "b gh gw c"]) -> Float[Array, "b h4 w4 c8"]:
-        return gelu(self.deconv2(gelu(self.norm(self.deconv1(x)))))
+    def __call__(
+        self,
+        x: Float[Array, "b gh gw c"],
+        high_res: tuple[Float[Array, "_ h4 w4 c8"], Float[Array, "_ h8 w8 c4"]] | None = None,
+    ) -> Float[Array, "b h4 w4 c8"]:
+        """``high_res``: SAM 2's features of stride 4 and 8, added at their resolution."""
+        x = self.deconv1(x)
+        x = gelu(self.norm(x if high_res is None else x + high_res[1]))
+        x = self.deconv2(x)
+        return gelu(x if high_res is None else x + high_res[0])
 
 
 class MaskDecoder(nnx.Module):
@@ -156,6 +171,7 @@ class MaskDecoder(nnx.Module):
         mlp_width: int,
         iou_head_width: int,
         iou_head_depth: int,
+        sam2: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -172,6 +188,12 @@ class MaskDecoder(nnx.Module):
         self.iou_prediction_head = Perceptron(
             width, iou_head_width, mask_tokens, iou_head_depth, dtype=dtype, rngs=rngs
         )
+        if sam2:
+            self.obj_score_token = Embedding(1, width, rngs=rngs)
+            self.pred_obj_score_head = Perceptron(width, width, 1, 3, dtype=dtype, rngs=rngs)
+            self.conv_s0 = conv(width, width // 8, 1, dtype=dtype, rngs=rngs)
+            self.conv_s1 = conv(width, width // 4, 1, dtype=dtype, rngs=rngs)
+        self.sam2 = sam2
         self.dtype = dtype
 
     def __call__(
@@ -179,21 +201,30 @@ class MaskDecoder(nnx.Module):
         image_embedding: Float[Array, "b gh gw c"],
         image_pe: Float[Array, "gh gw c"],
         prompt: EncodedPrompt,
+        high_res: tuple[Float[Array, "_ h4 w4 c8"], Float[Array, "_ h8 w8 c4"]] | None = None,
     ) -> MaskPrediction:
-        """One prompt per image of the batch; logits and IoU come back in float32."""
+        """One prompt per image of the batch; logits and IoU come back in float32.
+
+        ``high_res``: SAM 2's projected features of stride 4 and 8; one image's serve a batch.
+        """
         b, gh, gw, c = image_embedding.shape
-        own = jnp.concatenate([self.iou_token(), self.mask_tokens()]).astype(self.dtype)
+        first = [self.obj_score_token()] if self.sam2 else []
+        own = jnp.concatenate([*first, self.iou_token(), self.mask_tokens()]).astype(self.dtype)
         own = jnp.broadcast_to(own, (b, *own.shape))
         tokens = jnp.concatenate([own, prompt.sparse], axis=1)  # b 1+m+p c
         valid = jnp.concatenate([jnp.ones(own.shape[:2], bool), prompt.valid], axis=1)
         image = (image_embedding + prompt.dense).astype(self.dtype).reshape(b, gh * gw, c)
         image_pe = jnp.broadcast_to(image_pe.reshape(1, gh * gw, c), (b, gh * gw, c))
         tokens, image = self.transformer(tokens, image, image_pe, valid)
-        upscaled = self.output_upscaling(image.reshape(b, gh, gw, c))
-        mask_tokens = tokens[:, 1 : own.shape[1]]
+        upscaled = self.output_upscaling(image.reshape(b, gh, gw, c), high_res)
+        start = len(first) + 1
+        mask_tokens = tokens[:, start : own.shape[1]]
         heads = [mlp(mask_tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
         low_res_logits = jnp.einsum(
             "bmc,bhwc->bmhw", jnp.stack(heads, 1), upscaled, preferred_element_type=jnp.float32
         )
-        iou = self.iou_prediction_head(tokens[:, 0]).astype(jnp.float32)
-        return MaskPrediction(low_res_logits, iou)
+        iou = self.iou_prediction_head(tokens[:, start - 1]).astype(jnp.float32)
+        if not self.sam2:
+            return MaskPrediction(low_res_logits, iou)
+        object_score = self.pred_obj_score_head(tokens[:, 0]).astype(jnp.float32)[:, 0]
+        return MaskPrediction(low_res_logits, jax.nn.sigmoid(iou), object_score, mask_tokens)

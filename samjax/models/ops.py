@@ -1,18 +1,19 @@
 """Array operations that must agree with PyTorch to the last detail: resizing and window partition.
 
-Source: ``torch.nn.functional.interpolate`` (``align_corners=False``, ``antialias=False``) and
+Source: ``torch.nn.functional.interpolate`` (``align_corners=False``) and
 ``segment_anything/modeling/image_encoder.py`` (``window_partition``, ``window_unpartition``,
 ``get_rel_pos``).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Num
 
 
 def linear_weights(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -68,6 +69,91 @@ def resize_bilinear_numpy(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         weight = weight[:, None] if axis == -2 else weight
         x = np.take(x, low, axis) * (1 - weight) + np.take(x, high, axis) * weight
     return x
+
+
+def cubic_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Bicubic interpolation along one axis, float32 ``(size_out, size_in)``.
+
+    Equals ``F.interpolate(mode="bicubic", align_corners=False)``: a = -0.75, taps beyond the border
+    take the border's value, no antialiasing.  JAX's own "cubic" has a = -0.5 and drops such taps.
+    """
+    a = -0.75
+    centre = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+    first = np.floor(centre)
+    matrix = np.zeros((size_out, size_in))
+    for tap in range(-1, 3):
+        x = np.abs(centre - first - tap)
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        column = np.clip(first + tap, 0, size_in - 1).astype(np.int64)
+        np.add.at(matrix, (np.arange(size_out), column), np.where(x <= 1, near, far))
+    return matrix.astype(np.float32)
+
+
+def antialias_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Bilinear interpolation with antialiasing along one axis, float32 ``(size_out, size_in)``.
+
+    Equals ``F.interpolate(mode="bilinear", antialias=True)``: a triangle as wide as the step from
+    one output pixel to the next (at least one input pixel), cut at the border and normalised.
+    """
+    scale = size_in / size_out
+    support = max(scale, 1.0)
+    centre = (np.arange(size_out)[:, None] + 0.5) * scale
+    # Whole pixels that the triangle reaches, by the same rounding as upstream's.
+    first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + support + 0.5).astype(np.int64), size_in)
+    columns = np.arange(size_in)[None]
+    weights = np.maximum(1 - np.abs(columns + 0.5 - centre) / support, 0)
+    weights = np.where((columns >= first) & (columns < last), weights, 0)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def resize_antialiased(x: Float[Array, "*b h w"], size: tuple[int, int]) -> Float[Array, "*b H W"]:
+    """Resizes the last two axes; equals ``F.interpolate(mode="bilinear", antialias=True)``."""
+    rows = jnp.asarray(antialias_matrix(x.shape[-2], size[0]))
+    columns = jnp.asarray(antialias_matrix(x.shape[-1], size[1]))
+    x = jnp.einsum("Hh,...hw->...Hw", rows, x, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("Ww,...hw->...hW", columns, x, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.lru_cache(maxsize=16)
+def sine_positions(grid: tuple[int, int], channels: int) -> np.ndarray:
+    """The fixed sine encoding of every cell of a grid, float32 ``(gh, gw, channels)``.
+
+    First half rows, second half columns, counted from 1 and normalised to 2π; sine and cosine
+    alternate.  Source: ``sam2/modeling/position_encoding.py: PositionEmbeddingSine``.
+    """
+    half = channels // 2
+    frequency = 10000.0 ** (2 * (np.arange(half) // 2) / half)
+
+    def along(size: int) -> np.ndarray:
+        place = np.arange(1, size + 1) / (size + 1e-6) * 2 * math.pi
+        phase = place[:, None] / frequency
+        return np.where(np.arange(half) % 2, np.cos(phase), np.sin(phase))
+
+    rows, columns = along(grid[0]), along(grid[1])
+    pairs = [
+        np.broadcast_to(rows[:, None], (*grid, half)),
+        np.broadcast_to(columns[None], (*grid, half)),
+    ]
+    return np.concatenate(pairs, axis=-1).astype(np.float32)
+
+
+def normalise_pixels(
+    config, images: Num[Array, "b h w 3"], sizes: Int[Array, "b 2"] | None
+) -> Float[Array, "b h w 3"]:
+    """Subtracts the config's pixel mean, divides by its std, and only then zeroes the padding.
+
+    ``images`` are RGB of 0..255 in the model frame, ``sizes`` their (height, width) in it.
+    """
+    mean = jnp.array(config.pixel_mean, jnp.float32).reshape(1, 1, 1, 3)
+    std = jnp.array(config.pixel_std, jnp.float32).reshape(1, 1, 1, 3)
+    x = (images.astype(jnp.float32) - mean) / std
+    if sizes is None:
+        return x
+    rows = jnp.arange(x.shape[1])[None, :, None] < sizes[:, 0, None, None]
+    columns = jnp.arange(x.shape[2])[None, None, :] < sizes[:, 1, None, None]
+    return jnp.where((rows & columns)[..., None], x, 0.0)
 
 
 def partition_windows(

@@ -33,15 +33,27 @@ class EncodedPrompt(NamedTuple):
 
 
 def merge_prompts(
-    points: np.ndarray | None, labels: np.ndarray | None, boxes: np.ndarray | None, batch: int = 1
+    points: np.ndarray | None,
+    labels: np.ndarray | None,
+    boxes: np.ndarray | None,
+    batch: int = 1,
+    *,
+    box_first: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Points ``(b, p, 2)`` with labels ``(b, p)`` and boxes ``(b, 4)``, in pixels of the frame.
 
-    Returns coordinates float32 ``(b, n, 2)`` and labels int32 ``(b, n)``, in upstream's order:
-    the points, then upstream's padding point if there is no box, then the corners of the box.
+    Returns coordinates float32 ``(b, n, 2)`` and labels int32 ``(b, n)``, in upstream's order.
+    SAM's: the points, then the padding point if there is no box, then the corners of the box.
+    SAM 2's (``box_first``): the corners, the points, and always the padding point.
     Without any prompt, ``n`` is 0 and ``b`` is ``batch``.
     """
     coords, kinds = [], []
+    if box_first and boxes is not None:
+        corners = np.asarray(boxes, np.float32).reshape(-1, 2, 2)
+        kind = np.tile(np.array([TOP_LEFT, BOTTOM_RIGHT], np.int32), (len(corners), 1))
+        points = corners if points is None else np.concatenate([corners, points], axis=1)
+        labels = kind if labels is None else np.concatenate([kind, labels], axis=1)
+        boxes = None
     if points is not None and labels is not None:
         coords.append(np.asarray(points, np.float32))
         kinds.append(np.asarray(labels, np.int32))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from samjax.models.mask_decoder import MaskDecoder, MaskPrediction
+from samjax.models.ops import normalise_pixels
 from samjax.models.prompt_encoder import EncodedPrompt, PromptEncoder
 from samjax.models.vit import ImageEncoder, ViTConfig
 
@@ -23,6 +23,8 @@ from samjax.models.vit import ImageEncoder, ViTConfig
 @dataclass(frozen=True, kw_only=True)
 class SamConfig:
     """Everything that fixes the shape of a SAM model; the defaults are ``vit_b``'s."""
+
+    family: ClassVar[str] = "sam"  # as a weights file calls it
 
     image_encoder: ViTConfig = field(default_factory=ViTConfig)
     num_multimask: int = 3  # masks beside the single one; SAMed: the number of classes
@@ -140,18 +142,7 @@ class Sam(nnx.Module):
         self, images: Num[Array, "b h w 3"], sizes: Int[Array, "b 2"]
     ) -> Float[Array, "b gh gw c"]:
         """Images of 0..255 RGB in the model frame, and their unpadded (height, width) in it."""
-        return self.image_encoder(self.normalise(images, sizes))
-
-    def normalise(
-        self, images: Num[Array, "b h w 3"], sizes: Int[Array, "b 2"]
-    ) -> Float[Array, "b h w 3"]:
-        """Subtracts mean, divides by std, and only then sets the padding to zero, as upstream."""
-        mean = jnp.array(self.config.pixel_mean, jnp.float32).reshape(1, 1, 1, 3)
-        std = jnp.array(self.config.pixel_std, jnp.float32).reshape(1, 1, 1, 3)
-        x = (images.astype(jnp.float32) - mean) / std
-        rows = jnp.arange(x.shape[1])[None, :, None] < sizes[:, 0, None, None]
-        columns = jnp.arange(x.shape[2])[None, None, :] < sizes[:, 1, None, None]
-        return jnp.where((rows & columns)[..., None], x, 0.0)
+        return self.image_encoder(normalise_pixels(self.config, images, sizes))
 
     def encode_prompt(
         self,

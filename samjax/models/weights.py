@@ -21,9 +21,16 @@ from samjax.atomic import atomic_write
 from samjax.models.functional import abstract_params
 from samjax.models.ops import linear_matrix
 from samjax.models.sam import SamConfig
+from samjax.models.sam2_config import Sam2Config
 from samjax.trees import Params, flatten, unflatten
 
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+
+Config = SamConfig | Sam2Config
+FAMILIES: dict[str, type[SamConfig] | type[Sam2Config]] = {
+    config.family: config for config in (SamConfig, Sam2Config)
+}
+CONVERTERS = "python -m convert.sam --ckpt {path} (SAM 2: convert.sam2)"
 
 
 class WeightsError(ValueError):
@@ -44,7 +51,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str
         raise WeightsError(f"{path}: no such file")
     if path.suffix in TORCH_SUFFIXES:
         raise WeightsError(
-            f"{path}: a PyTorch file; convert it first: python -m convert.sam --ckpt {path}"
+            f"{path}: a PyTorch file; convert it first: {CONVERTERS.format(path=path)}"
         )
     try:
         with safe_open(str(path), framework="numpy") as file:
@@ -54,13 +61,14 @@ def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str
 
 
 def save_weights(
-    path: str | Path, config: SamConfig, params: Params, metadata: Mapping[str, str] | None = None
+    path: str | Path, config: Config, params: Params, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes a model: tensors keyed by path, the config as JSON in the metadata. Atomic."""
-    save_tensors(path, params, {**(metadata or {}), "config": json.dumps(config.to_dict())})
+    own = {"family": config.family, "config": json.dumps(config.to_dict())}
+    save_tensors(path, params, {**(metadata or {}), **own})
 
 
-def load_weights(path: str | Path) -> tuple[SamConfig, Params]:
+def load_weights(path: str | Path) -> tuple[Config, Params]:
     """Reads what ``save_weights`` wrote: the config and the float32 parameter tree.
 
     Raises ``WeightsError`` if the file is missing, broken, of another kind, or does not hold
@@ -70,10 +78,13 @@ def load_weights(path: str | Path) -> tuple[SamConfig, Params]:
     if "config" not in metadata:
         raise WeightsError(
             f"{path}: no samjax model config in the metadata; a checkpoint of another project is "
-            f"converted by: python -m convert.sam --ckpt {path}"
+            f"converted by: {CONVERTERS.format(path=path)}"
         )
+    family = metadata.get("family", SamConfig.family)  # files of samjax 0.1 are all SAM's
+    if family not in FAMILIES:
+        raise WeightsError(f"{path}: a model of family {family!r}; known: {', '.join(FAMILIES)}")
     try:
-        config = SamConfig.from_dict(json.loads(metadata["config"]))
+        config = FAMILIES[family].from_dict(json.loads(metadata["config"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightsError(
             f"{path}: the model config in its metadata cannot be used ({error!r})"
@@ -94,16 +105,20 @@ def load_weights(path: str | Path) -> tuple[SamConfig, Params]:
 
 
 def resize_params(
-    config: SamConfig, params: Params, image_size: tuple[int, int]
-) -> tuple[SamConfig, Params]:
+    config: Config, params: Params, image_size: tuple[int, int]
+) -> tuple[Config, Params]:
     """The same model for another frame size (height, width) in pixels.
 
-    Bilinear interpolation (half-pixel centres, no antialiasing) of the absolute position embedding
-    and of the relative-position tables of the global blocks; windowed blocks keep theirs.
-    Source: hitachinsk/SAMed ``sam_lora_image_encoder.py: load_from``.
+    SAM 2's parameters know no size.  SAM's do: bilinear interpolation (half-pixel centres, no
+    antialiasing) of the absolute position embedding and of the relative-position tables of the
+    global blocks; windowed blocks keep theirs.  Source: hitachinsk/SAMed
+    ``sam_lora_image_encoder.py: load_from``.
     """
     if tuple(image_size) == config.image_size:
         return config, params
+    if isinstance(config, Sam2Config):
+        hiera = dataclasses.replace(config.image_encoder, image_size=tuple(image_size))
+        return dataclasses.replace(config, image_encoder=hiera), params
     vit = dataclasses.replace(config.image_encoder, image_size=tuple(image_size))
     resized = dataclasses.replace(config, image_encoder=vit)
     flat, tables = flatten(params), {}

@@ -10,12 +10,8 @@ prompt, and `masks.json`; that one is written last, so where it is, all is compl
 
 from __future__ import annotations
 
-import contextlib
 import json
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,12 +21,13 @@ import tyro
 from PIL import Image, ImageOps
 
 from samjax.atomic import atomic_write
-from samjax.models.weights import TORCH_SUFFIXES
+from samjax.models.sam import SamConfig
+from samjax.predictor.cli import Prompt, converted, read_prompts
+from samjax.predictor.model import SamModel
 from samjax.predictor.overlay import Drawing, draw_overlay
 from samjax.predictor.prompts import check_prompts
-from samjax.predictor.sam import SamModel, SamPredictor
-
-Numbers = tuple[float, ...]
+from samjax.predictor.sam import SamPredictor
+from samjax.predictor.sam2 import SAM2ImagePredictor
 
 
 @dataclass(frozen=True)
@@ -55,35 +52,15 @@ class Arguments:
     """Of the computation."""
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What one prompt of the command line holds."""
-
-    points: tuple[Numbers, ...] = ()  # (x, y) in pixels
-    labels: tuple[int, ...] = ()
-    box: tuple[float, float, float, float] | None = None  # XYXY in pixels
-
-    def arrays(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        """The first three arguments of `SamPredictor.predict`."""
-        given = self.points, self.labels, self.box
-        points, labels, box = (np.array(value) if value else None for value in given)
-        return points, labels, box
-
-    def to_dict(self) -> dict:
-        """JSON-able, only what is given."""
-        fields = {"points": self.points, "labels": self.labels, "box": self.box}
-        return {name: value for name, value in fields.items() if value}
-
-
 def run(arguments: Arguments) -> None:
     """What the command does.
 
     Raises:
         ValueError, OSError: with a message for people.
     """
-    prompts = read_prompts(arguments)
+    prompts = read_prompts(arguments.box, arguments.point, arguments.label)
     image = read_image(arguments.image)
-    with _converted(arguments.ckpt) as ckpt:
+    with converted(arguments.ckpt) as ckpt:
         model = SamModel.load(ckpt)
     for prompt in prompts:  # before the encoder takes its time
         check_prompts(
@@ -92,7 +69,8 @@ def run(arguments: Arguments) -> None:
             image_size=image.shape[:2],
             low_res_size=model.config.low_res_size,
         )
-    predictor = SamPredictor(model, dtype=arguments.dtype)
+    kind = SamPredictor if isinstance(model.config, SamConfig) else SAM2ImagePredictor
+    predictor = kind(model, dtype=arguments.dtype)
     predictor.set_image(image)
     results = [_predict(predictor, prompt, arguments.multimask) for prompt in prompts]
     records, drawings = [], []
@@ -128,32 +106,6 @@ def run(arguments: Arguments) -> None:
     print(f"{arguments.out / 'overlay.png'}\n{arguments.out / 'masks.json'}")
 
 
-def read_prompts(arguments: Arguments) -> list[Prompt]:
-    """The prompts of the command line.
-
-    Raises:
-        ValueError: none at all, numbers that cannot be read, labels that do not fit the points,
-            points beside several boxes.
-    """
-    if not arguments.box and not arguments.point:
-        raise ValueError("no prompt: give --box x0,y0,x1,y1 or --point x,y (with --label 1 or 0)")
-    boxes = []
-    for text in arguments.box:
-        x0, y0, x1, y1 = _read_numbers("--box", text, "x0,y0,x1,y1")
-        boxes.append((x0, y0, x1, y1))
-    points = tuple(_read_numbers("--point", text, "x,y") for text in arguments.point)
-    labels = arguments.label or (1,) * len(points)
-    if len(labels) != len(points):
-        raise ValueError(f"{len(points)} --point but {len(labels)} --label: give one for each")
-    if unknown := sorted(set(labels) - {0, 1}):
-        raise ValueError(f"--label {unknown[0]}: expected 1 (foreground) or 0 (background)")
-    if points and len(boxes) > 1:
-        raise ValueError(f"--point with {len(boxes)} --box: which box would the points refine?")
-    if points:
-        return [Prompt(points, labels, boxes[0] if boxes else None)]
-    return [Prompt(box=box) for box in boxes]
-
-
 def read_image(path: Path) -> np.ndarray:
     """An image file as uint8 (h, w, 3) RGB, turned as its EXIF orientation says.
 
@@ -179,43 +131,11 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def _predict(
-    predictor: SamPredictor, prompt: Prompt, multimask: bool
+    predictor: SamPredictor | SAM2ImagePredictor, prompt: Prompt, multimask: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Masks bool (c, h, w) and their predicted IoU (c,)."""
     masks, iou, _ = predictor.predict(*prompt.arrays(), multimask_output=multimask)
     return masks, iou
-
-
-def _read_numbers(option: str, text: str, form: str) -> Numbers:
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != form.count(",") + 1:
-        raise ValueError(f"{option} {text}: expected {form} in pixels")
-    return numbers
-
-
-@contextlib.contextmanager
-def _converted(ckpt: Path) -> Iterator[Path]:
-    """The checkpoint, or for PyTorch's its conversion in a folder that lives as long as the block.
-
-    In a process of its own: this package knows neither the converter nor PyTorch.
-    """
-    if ckpt.suffix not in TORCH_SUFFIXES:
-        yield ckpt
-        return
-    if not ckpt.is_file():
-        raise ValueError(f"{ckpt}: no such file")
-    print(f"converting {ckpt} (once and for all: python -m convert.sam --ckpt {ckpt})")
-    with tempfile.TemporaryDirectory(prefix="samjax-") as folder:
-        target = Path(folder) / "converted.safetensors"
-        command = [sys.executable, "-m", "convert.sam", "--ckpt", str(ckpt), "--out", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            message = done.stderr.strip() or f"exit code {done.returncode}"
-            raise ValueError(message.removeprefix("convert.sam: error: "))
-        yield target
 
 
 def _bounds(mask: np.ndarray) -> list[int] | None:

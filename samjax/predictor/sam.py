@@ -10,9 +10,6 @@ Differs from upstream: arrays in and out are NumPy's; `predict` takes a batch of
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,40 +24,9 @@ from samjax.models.mask_decoder import MaskPrediction
 from samjax.models.ops import resize_bilinear, resize_bilinear_numpy
 from samjax.models.prompt_encoder import merge_prompts
 from samjax.models.sam import SamConfig
-from samjax.models.weights import load_weights, resize_params
+from samjax.predictor.model import SamModel, check_family, check_image
 from samjax.predictor.prompts import Prompts, check_prompts, chunks, pad_slots
 from samjax.trees import Params
-
-
-@dataclass(frozen=True, eq=False)
-class SamModel:
-    """A config and its parameters, which are put on the default device once."""
-
-    config: SamConfig
-    params: Params
-
-    image_format: ClassVar[str] = "RGB"
-    mask_threshold: ClassVar[float] = 0.0  # of the logits
-
-    def __post_init__(self):
-        object.__setattr__(self, "params", jax.tree.map(jnp.asarray, self.params))
-
-    @classmethod
-    def load(cls, path: str | Path, image_size: tuple[int, int] | None = None) -> SamModel:
-        """Reads a converted checkpoint.
-
-        Args:
-            path: `.safetensors` written by `python -m convert.sam` or by samjax.
-            image_size: another size (h, w) of the frame in pixels, to which the position tables
-                are interpolated; by default the checkpoint's own.
-
-        Raises:
-            WeightsError: a ValueError; the file is missing, broken or of another kind.
-        """
-        config, params = load_weights(path)
-        if image_size is not None:
-            config, params = resize_params(config, params, image_size)
-        return cls(config, params)
 
 
 class ResizeToFrame:
@@ -144,8 +110,9 @@ class SamPredictor:
         `jax.default_matmul_precision("highest")` is set.
         """
         self.model = sam_model
+        self.config = check_family(sam_model, SamConfig, "SAM2ImagePredictor")
         self.transform = ResizeToFrame(sam_model.config.image_size)
-        self._static = {"config": sam_model.config, "dtype": jnp.dtype(dtype)}
+        self._static = {"config": self.config, "dtype": jnp.dtype(dtype)}
         self.reset_image()
 
     def reset_image(self) -> None:
@@ -168,7 +135,7 @@ class SamPredictor:
         self.reset_image()
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format {image_format!r}: expected 'RGB' or 'BGR'")
-        image = _check_image(image)
+        image = check_image(image)
         if image_format != self.model.image_format:
             image = np.ascontiguousarray(image[..., ::-1])
         self._embed(self.transform.apply_image(image), image.shape[:2])
@@ -296,7 +263,7 @@ class SamPredictor:
         self, prompts: Prompts, multimask_output: bool, return_logits: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Decodes prompts given in pixels of the frame, a chunk at a time."""
-        config = self.model.config
+        config = self.config
         coords, labels = merge_prompts(prompts.points, prompts.labels, prompts.boxes, prompts.count)
         coords, labels = pad_slots(coords, labels)
         tokens = (1, config.mask_tokens) if multimask_output else (0, 1)
@@ -321,20 +288,3 @@ class SamPredictor:
                 logits = resize_bilinear_numpy(frame[:, :height, :width], self.original_size)
                 mask[:] = logits if return_logits else logits > self.model.mask_threshold
         return masks, iou, low_res_logits
-
-
-def _check_image(image: np.ndarray) -> np.ndarray:
-    image = np.asarray(image)
-    if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
-        return image
-    found = f"{image.dtype} of shape {image.shape}"
-    if np.issubdtype(image.dtype, np.floating) and not np.isfinite(image).all():
-        found += " with NaN or infinite values"
-    hint = ""
-    if image.ndim == 2:
-        hint = "; repeat a greyscale image: np.stack([image] * 3, axis=-1)"
-    elif image.ndim == 3 and image.shape[2] == 4:
-        hint = "; drop or blend the alpha channel first"
-    elif image.ndim == 3 and image.shape[0] == 3:
-        hint = "; channels come last"
-    raise ValueError(f"image: expected uint8 (h, w, 3) with values 0..255, got {found}{hint}")

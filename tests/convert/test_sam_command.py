@@ -69,6 +69,7 @@ def test_there_and_back(ckpt: Path, tiny_config, tiny_params, tiny_state_dict, c
     with safe_open(converted, framework="np") as stream:
         metadata = stream.metadata()
     assert json.loads(metadata.pop("config"))
+    assert metadata.pop("family") == "sam"
     assert metadata == {"variant": "custom", "sha256": info["sha256"], "source": "tiny.pth"}
 
     back = ckpt.parent / "back.pth"

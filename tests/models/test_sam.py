@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from samjax.models import functional, vit
+from samjax.models.ops import normalise_pixels
 from samjax.models.prompt_encoder import merge_prompts
 from samjax.models.sam import VARIANTS, SamConfig, vit_b, vit_xs
 from samjax.models.vit import ViTConfig
@@ -41,7 +42,7 @@ def decode(params):
     @jax.jit
     def run(embedding, coords, labels):
         sam = functional.bind(TINY, params)
-        logits, iou = sam.decode(embedding, sam.encode_prompt(coords, labels))
+        logits, iou = sam.decode(embedding, sam.encode_prompt(coords, labels))[:2]
         return jnp.concatenate([logits.reshape(*iou.shape, -1), iou[..., None]], axis=-1)
 
     return run
@@ -98,7 +99,8 @@ def test_encoder_refuses_another_frame(sam):
 
 def test_padding_is_zero_after_normalising(sam, rng):
     images = rng.uniform(0, 255, (2, 48, 80, 3)).astype(np.float32)
-    x = np.asarray(sam.normalise(jnp.asarray(images), jnp.array([[48, 33], [20, 80]])))
+    sizes = jnp.array([[48, 33], [20, 80]])
+    x = np.asarray(normalise_pixels(TINY, jnp.asarray(images), sizes))
     mean, std = np.float32(TINY.pixel_mean), np.float32(TINY.pixel_std)
     expected = (images - mean) / std
     expected[0, :, 33:] = 0

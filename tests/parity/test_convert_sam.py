@@ -19,7 +19,8 @@ from convert.reference import (  # noqa: E402
     randomise,
 )
 from convert.sam import convert, main, sam_model_registry, to_torch  # noqa: E402
-from convert.sam_verify import VerificationError, compare, example_image, verify  # noqa: E402
+from convert.sam_verify import compare, example_image, verify  # noqa: E402
+from convert.verify import VerificationError  # noqa: E402
 from samjax.models.sam import VARIANTS  # noqa: E402
 from samjax.trees import flatten  # noqa: E402
 from tiny_models import SAM_PADDED as TINY  # noqa: E402
@@ -125,7 +126,7 @@ def test_verify(capsys: pytest.CaptureFixture[str]):
     stages = verify(TINY, params)
     names = [stage.name for stage in stages]
     assert names == [
-        *("patch embedding", "block 0", "block 1", "image embedding"),
+        *("patch embedding", "block 0", "block 1", "block 2", "image embedding"),
         *("points: sparse prompt", "points: dense prompt"),
         *("points: low-res logits", "points: predicted IoU"),
         *("box and mask: sparse prompt", "box and mask: dense prompt"),
