@@ -10,12 +10,7 @@ at the machine's own measured speed.  The result goes to ``benchmarks/results/``
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from benchmarks.timing import alternate, machine, seconds, write
 from convert import reference, sam
-from samjax.atomic import atomic_write
 from samjax.models.functional import bind
 from samjax.models.sam import VARIANTS
-
-MALLOC = {name: os.environ.get(name) for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +39,6 @@ class Arguments:
     """Alternating rounds after a warm-up."""
     out: Path = Path("benchmarks/results/image_encoder.json")
     """Where the figures go."""
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def run(arguments: Arguments) -> dict[str, Any]:
@@ -78,25 +64,16 @@ def run(arguments: Arguments) -> dict[str, Any]:
         return np.asarray(encode(params, images))
 
     difference = np.abs(ours() - theirs().transpose(0, 2, 3, 1)).max() / theirs().std()
-    pairs = [(seconds(theirs), seconds(ours)) for _ in range(arguments.rounds)]
     report = {
         "variant": arguments.variant,
         "image_size": config.image_size,
-        "device": str(jax.devices()[0].device_kind),
-        "processor": platform.processor() or platform.machine(),
-        "cores": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "jax": jax.__version__,
-        "malloc": MALLOC,
+        **machine(),
         "compile_seconds": round(compiling, 2),
         "difference_over_std": float(difference),
-        "upstream_seconds": [round(a, 3) for a, _ in pairs],
-        "ours_seconds": [round(b, 3) for _, b in pairs],
-        "speed_over_upstream_median": round(statistics.median(a / b for a, b in pairs), 3),
+        **alternate(theirs, ours, arguments.rounds),
         "stages_seconds": stages(config, params, images),
     }
-    with atomic_write(arguments.out) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    write(arguments.out, report)
     return report
 
 

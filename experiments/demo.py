@@ -52,11 +52,12 @@ class Arguments:
 
 def run(arguments: Arguments) -> Result:
     """The demo; prints what it does."""
-    from convert import sam
+    from convert import command, sam
 
     out = arguments.out
     print("1. Convert the PyTorch checkpoint to Flax")
-    sam.run(sam.Arguments(ckpt=arguments.ckpt, out=out / "base.safetensors"))
+    source = command.Arguments(ckpt=str(arguments.ckpt), out=out / "base.safetensors")
+    command.run(sam.FAMILY, source)
 
     print(f"\n2. Draw phantoms of a look that the base has not seen ({HELD_OUT})")
     for name, count, seed in (("train", TRAIN, 1), ("test", TEST, 2)):

@@ -20,7 +20,7 @@ _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap width and height
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257  # tags
 _LISTED = 8  # unknown values named in an error
 # Everything that Pillow's decoders raise on a damaged file.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -119,7 +119,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield image
     except DataError:
         raise
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise DataError(f"{path}: not a readable image ({reason})") from error
 

@@ -6,14 +6,14 @@ Paper: Kirillov et al., arXiv 2304.02643.  Upstream: facebookresearch/segment-an
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
+from samjax.models.config import PromptableConfig
 from samjax.models.mask_decoder import MaskDecoder, MaskPrediction
 from samjax.models.ops import normalise_pixels
 from samjax.models.prompt_encoder import EncodedPrompt, PromptEncoder
@@ -21,55 +21,17 @@ from samjax.models.vit import ImageEncoder, ViTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamConfig:
+class SamConfig(PromptableConfig):
     """Everything that fixes the shape of a SAM model; the defaults are ``vit_b``'s."""
 
-    family: ClassVar[str] = "sam"  # as a weights file calls it
+    family: ClassVar[str] = "sam"
+    encoder: ClassVar[type] = ViTConfig
 
     image_encoder: ViTConfig = field(default_factory=ViTConfig)
-    num_multimask: int = 3  # masks beside the single one; SAMed: the number of classes
-    mask_channels: int = 16  # hidden channels of the mask prompt's encoder
-    decoder_depth: int = 2
-    decoder_heads: int = 8
-    decoder_mlp_width: int = 2048
-    iou_head_width: int = 256
-    iou_head_depth: int = 3
-    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, of values 0..255
-    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the model frame, in pixels."""
-        return self.image_encoder.image_size
-
-    @property
-    def low_res_size(self) -> tuple[int, int]:
-        """(height, width) of mask logits and mask prompts: four per token side."""
-        gh, gw = self.image_encoder.grid
-        return 4 * gh, 4 * gw
-
-    @property
-    def mask_tokens(self) -> int:
-        """Number of mask tokens: the single mask, then the others."""
-        return self.num_multimask + 1
 
     def build(self, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs) -> Sam:
         """The module; called abstractly by ``samjax.models.functional``."""
         return Sam(self, dtype=dtype, remat=remat, rngs=rngs)
-
-    def to_dict(self) -> dict:
-        """JSON-able; read back by ``from_dict``."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> SamConfig:
-        """Lists become tuples again; an unknown or missing field is a ``TypeError``."""
-
-        def tuples(fields: dict[str, Any]) -> dict[str, Any]:
-            return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-
-        encoder = ViTConfig(**tuples(values["image_encoder"]))
-        return cls(**{**tuples(values), "image_encoder": encoder})
 
 
 def vit_b(image_size: tuple[int, int] = (1024, 1024)) -> SamConfig:

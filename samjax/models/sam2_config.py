@@ -6,75 +6,37 @@ facebookresearch/sam2@2b90b9f, ``sam2/configs/``.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from flax import nnx
 from jax.typing import DTypeLike
 
+from samjax.models.config import PromptableConfig
 from samjax.models.hiera import HieraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sam2Config:
+class Sam2Config(PromptableConfig):
     """Everything that fixes the shape of a SAM 2 model; defaults: 2.1's ``hiera_base_plus``."""
 
-    family: ClassVar[str] = "sam2"  # as a weights file calls it
+    family: ClassVar[str] = "sam2"
+    encoder: ClassVar[type] = HieraConfig
 
     image_encoder: HieraConfig = field(default_factory=HieraConfig)
     pointer_times: bool = True  # 2.1: object pointers carry their distance in time
     occlusion_embedding: bool = True  # 2.1: memories of frames without the object are marked
-    num_multimask: int = 3  # masks beside the single one
-    mask_channels: int = 16  # hidden channels of the mask prompt's encoder
-    decoder_depth: int = 2
-    decoder_heads: int = 8
-    decoder_mlp_width: int = 2048
-    iou_head_width: int = 256
-    iou_head_depth: int = 3
     memory_width: int = 64  # channels of a spatial memory
     memory_depth: int = 4  # layers of the memory attention
     memory_mlp_width: int = 2048
     num_memories: int = 7  # spatial memories of a frame: a conditioning frame and the last six
     num_pointers: int = 16  # object pointers of a frame, at most (conditioning frames not counted)
-    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, of values 0..255
-    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the model frame, in pixels."""
-        return self.image_encoder.image_size
-
-    @property
-    def low_res_size(self) -> tuple[int, int]:
-        """(height, width) of mask logits and mask prompts: four per cell of the embedding."""
-        gh, gw = self.image_encoder.grid
-        return 4 * gh, 4 * gw
-
-    @property
-    def mask_tokens(self) -> int:
-        """Number of mask tokens: the single mask, then the others."""
-        return self.num_multimask + 1
 
     def build(self, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs) -> nnx.Module:
         """The module; called abstractly by ``samjax.models.functional``."""
         from samjax.models.sam2 import Sam2
 
         return Sam2(self, dtype=dtype, remat=remat, rngs=rngs)
-
-    def to_dict(self) -> dict:
-        """JSON-able; read back by ``from_dict``."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> Sam2Config:
-        """Lists become tuples again; an unknown or missing field is a ``TypeError``."""
-
-        def tuples(fields: dict[str, Any]) -> dict[str, Any]:
-            return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-
-        encoder = HieraConfig(**tuples(values["image_encoder"]))
-        return cls(**{**tuples(values), "image_encoder": encoder})
 
 
 ENCODERS: dict[str, dict[str, Any]] = {

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import operator
 import os
-import struct
-import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
@@ -22,6 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from samjax.data.images import DECODE_ERRORS
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".wmv"}
@@ -32,19 +32,6 @@ _KEPT = 8  # decoded frames that stay in memory
 # Containers that store when each frame is shown. In the others it is guessed, B-frames wrongly.
 _TIMED_CONTAINERS = frozenset({"mov", "matroska"})  # mov: mp4 and m4v too; matroska: webm too
 _HIDDEN_FRAME_CODECS = frozenset({"vp8"})  # some of whose packets are never shown
-# Everything that Pillow's decoders raise on a damaged file.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 class Frames(ABC):
@@ -198,7 +185,7 @@ class _Folder(Frames):
                 if image.mode.startswith(("I", "F")):  # which Pillow would clip at 255
                     raise ValueError("more than 8 bits per channel")
                 pixels = np.array(image.convert("RGB"))
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             reason = str(error) or type(error).__name__
             raise ValueError(f"{self._name(index)}: cannot be read ({reason})") from error
         size = getattr(self, "size", pixels.shape[:2])

@@ -181,7 +181,7 @@ def test_verify_command(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch)
 def test_absent_reference_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "segment_anything", None)
     with pytest.raises(ImportError, match=r"pip install 'samjax\[reference\]'"):
-        reference.import_segment_anything.__wrapped__()
+        reference._import_reference.__wrapped__("segment_anything")
 
 
 def test_absent_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch):

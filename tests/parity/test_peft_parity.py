@@ -94,7 +94,7 @@ def run_ours(params, inputs, **options):
     @jax.jit
     def run(images):
         embedding = sam.image_encoder(images)
-        logits, iou = sam.decode(embedding, sam.encode_prompt(coords, labels))
+        logits, iou = sam.decode(embedding, sam.encode_prompt(coords, labels))[:2]
         outputs = [embedding]
         for i in range(len(coords)):
             outputs += [logits[i], iou[i]]

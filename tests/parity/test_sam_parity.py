@@ -202,7 +202,7 @@ def run_ours(params, fed) -> dict[str, jax.Array]:
     tokens, image = transformer(tokens, image, image_pe, valid)
     found["two-way transformer: tokens"], found["two-way transformer: image"] = tokens, image
     decoded = model.decode(jnp.repeat(fed["embedding"], BATCH, axis=0), prompt)
-    found["decoder: low-res logits"], found["decoder: IoU"] = decoded
+    found["decoder: low-res logits"], found["decoder: IoU"] = decoded[:2]
     return found
 
 

@@ -136,7 +136,7 @@ def test_synthetic_clip(config, tmp_path, record_property):
     compiled = steps.track._cache_size()
     assert walk(both, last=31) == 32 + 3 + 32
     assert both.scores == {True, False}
-    assert steps.track._cache_size() - compiled == 1  # however many frames
+    assert steps.track._cache_size() - compiled <= 1  # however many frames
     print(f"largest difference {both.worst:.1e} of the standard deviation")
     record_property("largest difference", both.worst)
 

@@ -64,7 +64,7 @@ def predict(batch):
     @jax.jit
     def run(params, factors):
         model = functional.bind(TINY, params, adapter=factors, adapter_scale=EVERYTHING.scale)
-        return jnp.concatenate([leaf.ravel() for leaf in model(**batch)])
+        return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(model(**batch))])
 
     return run
 
