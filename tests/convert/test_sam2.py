@@ -130,6 +130,7 @@ def test_a_trunk_of_nobodys(state_dict):
 
 
 def test_each_command_names_the_other(tmp_path, capsys, state_dict):
+    pytest.importorskip("torch")
     second = tmp_path / "second.safetensors"
     save_file(state_dict, second)
     assert main_sam(["--ckpt", str(second), "--out", str(tmp_path / "out.safetensors")]) == 1
