@@ -1,14 +1,14 @@
 """What the converters of all model families share: reading, checking, writing, and the command.
 
 A family is its tables of names and layouts and its way to tell a config from a checkpoint; see
-`convert.sam` and `convert.sam2`.
+`convert.sam` and `convert.sam2`. What takes several tells the family from the file.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,17 +30,20 @@ class Family:
     Attributes:
         command: the module that converts it, such as "convert.sam".
         config: its config class.
+        mark: a part of a key that its checkpoints have, and those of other families have not.
         names, leaves: the tables of `convert.bridge`.
         variants: the names of its sizes.
         infer_config: the config from a state dict; CheckpointError for another family's.
         strip_wrapper: takes off a wrapper's prefix; returns it and the state dict.
         variant_name, describe: of a config, for files and for people.
         key: under which a PyTorch file holds the state dict; None where it is the whole file.
+        suffix: of upstream's files.
         verify: compares with Meta's model; arguments config, params and an image's path or None.
     """
 
     command: str
     config: type
+    mark: str
     names: bridge.Names
     leaves: bridge.Leaves
     variants: tuple[str, ...]
@@ -49,6 +52,7 @@ class Family:
     variant_name: Callable[[Any], str]
     describe: Callable[[Any], str]
     key: str | None
+    suffix: str
     verify: Callable[[Any, Params, Path | None], Any]
 
     def convert(
@@ -73,16 +77,31 @@ class Family:
         """A parameter tree as upstream's state dict {key: float32 array}; `convert`'s inverse."""
         return bridge.to_torch(params, self.names, self.leaves)
 
+    def write(self, path: str | Path, params: Params) -> None:
+        """A parameter tree as upstream's file; see `write_torch` for what may go wrong."""
+        write_torch(path, self.to_torch(params), self.key)
+
+    def modules(self, params: Params) -> dict[str, str]:
+        """{path of a layer: upstream's name of that module}, for PEFT's files."""
+        table = bridge.routes(params, self.names, self.leaves)
+        return {
+            path.removesuffix("/kernel"): route.key.removesuffix(".weight")
+            for path, route in table.items()
+            if path.endswith("/kernel")
+        }
+
 
 @dataclass(frozen=True)
 class Loaded:
     """A model, and lines about the file it came from.
 
     Attributes:
+        family: the one it belongs to.
         metadata: what a converted file records: the variant and the source's sha256.
         facts: (what, value) for people.
     """
 
+    family: Family
     config: Any
     params: Params
     metadata: Mapping[str, str]
@@ -90,12 +109,12 @@ class Loaded:
 
 
 def load(
-    family: Family, path: str | Path, variant: str | None = None, key: str | None = None
+    families: Sequence[Family], path: str | Path, variant: str | None = None, key: str | None = None
 ) -> Loaded:
     """Read a model from upstream's checkpoint or from a converted file, by content.
 
     Args:
-        family: which it is.
+        families: what it may be; the first speaks of a file that looks like none.
         path: `.pth` (any form that `read_checkpoint` takes) or `.safetensors` of either kind.
         variant: what it has to be, such as "vit_b"; by default anything.
         key: see `read_checkpoint`.
@@ -106,13 +125,14 @@ def load(
         ImportError: PyTorch is needed for this file and not installed.
     """
     path = Path(path)
-    if variant is not None and variant not in family.variants:
-        raise ValueError(f"no variant {variant!r}; there are {', '.join(family.variants)}")
+    known = [name for family in families for name in family.variants]
+    if variant is not None and variant not in known:
+        raise ValueError(f"no variant {variant!r}; there are {', '.join(known)}")
     try:
         if _samjax_metadata(path):
-            loaded = _load_converted(family, path)
+            loaded = _load_converted(families, path)
         else:
-            loaded = _load_torch(family, path, variant, key)
+            loaded = _load_torch(families, path, variant, key)
     except bridge.BridgeError as error:
         raise bridge.BridgeError(
             error.missing, error.unexpected, error.misshaped, source=str(path)
@@ -121,23 +141,39 @@ def load(
         if str(path) in str(error):
             raise
         raise CheckpointError(f"{path}: {error}") from error
-    _check_variant(family, path, loaded.config, variant)
+    _check_variant(loaded.family, path, loaded.config, variant)
     return loaded
 
 
-def _load_converted(family: Family, path: Path) -> Loaded:
+def family_of(families: Sequence[Family], config: Any) -> Family:
+    """The family of a config.
+
+    Raises:
+        ValueError: it is of none of them.
+    """
+    for family in families:
+        if isinstance(config, family.config):
+            return family
+    commands = " or ".join(family.command for family in families)
+    raise ValueError(f"a model of family {config.family!r}; not {commands}'s")
+
+
+def _load_converted(families: Sequence[Family], path: Path) -> Loaded:
     config, params = load_weights(path)
-    if not isinstance(config, family.config):
-        raise CheckpointError(
-            f"{path}: a model of family {config.family!r}; not {family.command}'s"
-        )
+    family = family_of(families, config)
     kept = _samjax_metadata(path)
     kept = {name: kept[name] for name in kept if name not in ("config", "family")}
-    return Loaded(config, params, kept, (("converted from", kept.get("sha256", "unknown")),))
+    return Loaded(
+        family, config, params, kept, (("converted from", kept.get("sha256", "unknown")),)
+    )
 
 
-def _load_torch(family: Family, path: Path, variant: str | None, key: str | None) -> Loaded:
+def _load_torch(
+    families: Sequence[Family], path: Path, variant: str | None, key: str | None
+) -> Loaded:
     state_dict, info = read_checkpoint(path, key)
+    marked = (family for family in families if any(family.mark in name for name in state_dict))
+    family = next(marked, families[0])
     wrapper, state_dict = family.strip_wrapper(state_dict)
     config = family.infer_config(state_dict)
     _check_variant(family, path, config, variant)
@@ -149,7 +185,7 @@ def _load_torch(family: Family, path: Path, variant: str | None, key: str | None
     if info.key:
         facts.insert(0, ("found under", repr(info.key)))
     metadata = {"variant": family.variant_name(config), "sha256": info.sha256, "source": path.name}
-    return Loaded(config, params, metadata, tuple(facts))
+    return Loaded(family, config, params, metadata, tuple(facts))
 
 
 def _samjax_metadata(path: Path) -> dict[str, str]:
@@ -199,19 +235,19 @@ class Arguments:
     """The image for --verify; a made-up one by default."""
 
 
-def run(family: Family, arguments: Arguments) -> None:
+def run(families: Sequence[Family], arguments: Arguments) -> None:
     """What the command does; writes its one file at the very end.
 
     Raises:
         ValueError, OSError, ImportError: with a message for people. Nothing has been written.
     """
     source, target = _source_and_target(arguments)
-    loaded = load(family, source, arguments.variant, arguments.key)
-    config, params = loaded.config, loaded.params
+    loaded = load(families, source, arguments.variant, arguments.key)
+    family, config, params = loaded.family, loaded.config, loaded.params
     if (side := arguments.image_size) is not None:
         config, params = resize_params(config, params, (side, side))
     if arguments.adapter is not None:
-        params = _merge(params, arguments.adapter)
+        params = _merge(family, params, arguments.adapter)
     print(f"{arguments.ckpt}: {family.describe(config)}")
     leaves = flatten(params).values()
     _print_facts(
@@ -223,7 +259,7 @@ def run(family: Family, arguments: Arguments) -> None:
     if arguments.verify:
         family.verify(config, params, arguments.image)
     if arguments.to_torch is not None:
-        write_torch(arguments.to_torch, family.to_torch(params), family.key)
+        family.write(arguments.to_torch, params)
     elif target is not None:
         metadata = dict(loaded.metadata)
         if arguments.adapter is not None:
@@ -256,11 +292,11 @@ def _source_and_target(arguments: Arguments) -> tuple[Path, Path | None]:
     return source, target
 
 
-def _merge(params: Params, adapter: Path) -> Params:
+def _merge(family: Family, params: Params, adapter: Path) -> Params:
     from samjax.peft.adapter_files import read_adapter
     from samjax.peft.lora import merge
 
-    return merge(params, read_adapter(adapter))
+    return merge(params, read_adapter(adapter, family.modules(params)))
 
 
 def _print_facts(*facts: tuple[str, str]) -> None:
@@ -268,19 +304,18 @@ def _print_facts(*facts: tuple[str, str]) -> None:
         print(f"  {what:<14} {value}")
 
 
-def _fail(family: Family, message: object) -> int:
-    print(f"{family.command}: error: {message}", file=sys.stderr)
-    return 1
+def main(families: Sequence[Family], argv: list[str] | None = None, name: str = "") -> int:
+    """The command; returns the exit code: 0, or 1 after an error, when nothing was written.
 
-
-def main(family: Family, argv: list[str] | None = None) -> int:
-    """The command; returns the exit code: 0, or 1 after an error, when nothing was written."""
-    arguments = tyro.cli(Arguments, args=argv, prog=f"python -m {family.command}")
+    `name` is that of the module; by default the only family's.
+    """
+    name = name or families[0].command
+    arguments = tyro.cli(Arguments, args=argv, prog=f"python -m {name}")
     try:
-        run(family, arguments)
-    except OSError as error:
-        # str() puts the number first; the text alone does where it names the file.
-        return _fail(family, error.strerror if error.strerror and error.filename is None else error)
-    except (ValueError, ImportError) as error:
-        return _fail(family, error)
+        run(families, arguments)
+    except (ValueError, ImportError, OSError) as error:
+        # An OSError's str() puts the number first; the text alone does where it names the file.
+        text = isinstance(error, OSError) and error.filename is None and error.strerror
+        print(f"{name}: error: {text or error}", file=sys.stderr)
+        return 1
     return 0

@@ -69,6 +69,7 @@ def _verify(config: SamConfig, params: Params, image: Path | None) -> Any:
 FAMILY = command.Family(
     command="convert.sam",
     config=SamConfig,
+    mark="image_encoder.blocks.",
     names=NAMES,
     leaves=LEAVES,
     variants=tuple(VARIANTS),
@@ -77,6 +78,7 @@ FAMILY = command.Family(
     variant_name=variant_name,
     describe=describe,
     key=None,
+    suffix=".pth",
     verify=_verify,
 )
 convert, to_torch = FAMILY.convert, FAMILY.to_torch
@@ -84,7 +86,7 @@ convert, to_torch = FAMILY.convert, FAMILY.to_torch
 
 def load(path: str | Path, variant: str | None = None, key: str | None = None) -> Loaded:
     """`convert.command.load` for SAM."""
-    return command.load(FAMILY, path, variant, key)
+    return command.load((FAMILY,), path, variant, key)
 
 
 def _build(variant: str, checkpoint: str | Path | None = None) -> SamModel:
@@ -109,7 +111,7 @@ Without a checkpoint the model is randomly initialised."""
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code: 0, or 1 after an error, when nothing was written."""
-    return command.main(FAMILY, argv)
+    return command.main((FAMILY,), argv)
 
 
 if __name__ == "__main__":

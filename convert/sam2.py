@@ -90,6 +90,7 @@ def _verify(config: Sam2Config, params: Params, image: Path | None) -> Any:
 FAMILY = command.Family(
     command="convert.sam2",
     config=Sam2Config,
+    mark="image_encoder.trunk.",
     names=NAMES,
     leaves=LEAVES,
     variants=tuple(VARIANTS),
@@ -98,6 +99,7 @@ FAMILY = command.Family(
     variant_name=variant_name,
     describe=describe,
     key="model",  # as the published files, and as upstream's builder reads them
+    suffix=".pt",
     verify=_verify,
 )
 convert, to_torch = FAMILY.convert, FAMILY.to_torch
@@ -105,12 +107,12 @@ convert, to_torch = FAMILY.convert, FAMILY.to_torch
 
 def load(path: str | Path, variant: str | None = None, key: str | None = None) -> Loaded:
     """`convert.command.load` for SAM 2."""
-    return command.load(FAMILY, path, variant, key)
+    return command.load((FAMILY,), path, variant, key)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code: 0, or 1 after an error, when nothing was written."""
-    return command.main(FAMILY, argv)
+    return command.main((FAMILY,), argv)
 
 
 if __name__ == "__main__":

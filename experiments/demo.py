@@ -4,7 +4,7 @@
 
 Converts a checkpoint in Meta's layout, lets it segment the optic disc in phantoms of a look that
 it has never seen (no prompt), fine-tunes it with LoRA on 40 of them, scores it on 12 others before
-and after, and writes an overlay sheet, the adapter and the merged ``.pth``.  No download: the
+and after, and writes an overlay sheet, the adapter and the merged PyTorch file.  No download: the
 checkpoint is the small one that ``experiments.base_checkpoint`` trains; ``--ckpt`` takes an
 official one instead.  Phantoms are drawn by rule: the figures say nothing about patients.
 """
@@ -52,12 +52,12 @@ class Arguments:
 
 def run(arguments: Arguments) -> Result:
     """The demo; prints what it does."""
-    from convert import command, sam
+    from convert import command, families
 
     out = arguments.out
     print("1. Convert the PyTorch checkpoint to Flax")
     source = command.Arguments(ckpt=str(arguments.ckpt), out=out / "base.safetensors")
-    command.run(sam.FAMILY, source)
+    command.run(families.FAMILIES, source)
 
     print(f"\n2. Draw phantoms of a look that the base has not seen ({HELD_OUT})")
     for name, count, seed in (("train", TRAIN, 1), ("test", TEST, 2)):
@@ -73,7 +73,7 @@ def run(arguments: Arguments) -> Result:
             test_images=out / "data/test/images",
             test_masks=out / "data/test/masks",
             val_fraction=0.2,
-            ckpt=out / "base.safetensors",
+            ckpt=str(out / "base.safetensors"),
             image_size=arguments.image_size,
             method="lora",
             rank=arguments.rank,
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"\n{result.seconds:.0f} s of work. Look at {out / 'overlays.png'} and {out / 'curve.png'}."
     )
-    print(f"Adapter: {out / 'adapter.safetensors'}; for Meta's code: {out / 'merged.pth'}")
+    print(f"Adapter: {out / 'adapter.safetensors'}; for Meta's code: {result.exported}")
     return 0
 
 

@@ -1,11 +1,15 @@
-"""Fine-tune SAM on one's own folder of images and masks.
+"""Fine-tune SAM or SAM 2 on one's own folder of images and masks.
 
     python -m experiments.finetune --images DIR --masks DIR --ckpt sam_vit_b_01ec64.pth \
         --method lora --rank 4 --prompt box --out runs/mine
 
+The checkpoint says which it is.  Of SAM 2 the image path is tuned, as its image predictor runs it;
+what only a clip needs (memory, object pointers, object score) stays as it is.
+
 Writes to ``--out``: ``adapter.safetensors`` (what the run changed; the best step by validation
-Dice), ``merged.safetensors`` (the tuned model for samjax), ``merged.pth`` (the same for Meta's
-code), ``metrics.json``, ``curve.png``, ``overlays.png`` and TensorBoard events.
+Dice), ``merged.safetensors`` (the tuned model for samjax), ``merged.pth`` or, of SAM 2,
+``merged.pt`` (the same for Meta's code), ``metrics.json``, ``curve.png``, ``overlays.png`` and
+TensorBoard events.
 """
 
 from __future__ import annotations
@@ -35,8 +39,8 @@ from experiments.results import (
 )
 from samjax.data import Augment, FolderDataset, SegmentationDataset, make_loader, split
 from samjax.models.functional import init_params
-from samjax.models.sam import VARIANTS, SamConfig
-from samjax.models.weights import resize_params
+from samjax.models.sam import VARIANTS
+from samjax.models.weights import Config, resize_params
 from samjax.peft.adapter_files import write_adapter
 from samjax.peft.lora import LoraConfig
 from samjax.training.log import RunLog
@@ -47,7 +51,7 @@ from samjax.trees import Params
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Fine-tune SAM on a folder of images and a folder of masks."""
+    """Fine-tune SAM or SAM 2 on a folder of images and a folder of masks."""
 
     images: Path
     """Folder of training images."""
@@ -68,10 +72,12 @@ class Arguments:
     classes: tuple[int, ...] | None = None
     """Mask values of the classes, such as 128 255; by default masks are binary (0/1 or 0/255)."""
 
-    ckpt: Path | None = None
-    """Checkpoint to start from: Meta's .pth, or a converted .safetensors."""
-    variant: Literal["vit_xs", "vit_b", "vit_l", "vit_h"] | None = None
-    """Without --ckpt: train this model from scratch. With it: what the checkpoint has to be."""
+    ckpt: str | None = None
+    """Checkpoint to start from: Meta's .pth or .pt, a converted .safetensors, or a name on the
+    Hugging Face hub such as facebook/sam2.1-hiera-tiny."""
+    variant: str | None = None
+    """Without --ckpt: train this model from scratch (vit_xs, vit_b, vit_l, vit_h). With it: what
+    the checkpoint has to be (one of these, or sam2.1_hiera_tiny, …)."""
     image_size: int | None = None
     """Side of the square model frame in pixels; by default the checkpoint's."""
 
@@ -125,7 +131,7 @@ class Arguments:
     progress: bool = True
     """Show the progress bar."""
     torch_export: bool = True
-    """Write merged.pth for Meta's code (needs PyTorch: samjax[convert])."""
+    """Write the merged model for Meta's code too (needs PyTorch: samjax[convert])."""
     out: Path = Path("runs/finetune")
     """Folder of the results."""
 
@@ -139,6 +145,9 @@ class Arguments:
                 raise ValueError(f"--{name}-images and --{name}-masks go together")
         if self.ckpt is None and self.variant is None:
             raise ValueError("give --ckpt FILE to start from, or --variant to train from scratch")
+        if self.ckpt is None and self.variant not in VARIANTS:
+            known = ", ".join(VARIANTS)
+            raise ValueError(f"--variant {self.variant} from scratch: expected one of {known}")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"--batch-size {self.batch_size} is no multiple of --accumulate {self.accumulate}"
@@ -147,12 +156,12 @@ class Arguments:
             raise ValueError(f"--method {self.method} needs --ckpt: there is nothing to adapt")
 
 
-def load_model(arguments: Arguments) -> tuple[SamConfig, Params]:
+def load_model(arguments: Arguments) -> tuple[Config, Params]:
     """The base model at the wanted frame size."""
-    from convert import sam
+    from convert import families
 
     if arguments.ckpt is not None:
-        loaded = sam.load(arguments.ckpt, arguments.variant)
+        loaded = families.load(arguments.ckpt, arguments.variant)
         config, params = loaded.config, loaded.params
         if arguments.image_size is not None:
             size = (arguments.image_size, arguments.image_size)
@@ -214,7 +223,9 @@ def run(arguments: Arguments) -> Result:
     """The whole run; see the module's docstring for the files it writes."""
     arguments.check()
     if arguments.torch_export and importlib.util.find_spec("torch") is None:
-        raise ValueError("merged.pth needs PyTorch: install samjax[convert] or --no-torch-export")
+        raise ValueError(
+            "Meta's format needs PyTorch: install samjax[convert] or --no-torch-export"
+        )
     started = time.perf_counter()
     train, val, test = load_data(arguments)
     tuning = prepare(arguments)
@@ -228,8 +239,8 @@ def run(arguments: Arguments) -> Result:
         best, best_step = optimise(arguments, tuning, evaluator, train, val, log)
     after, cases_after = evaluate(arguments, tuning, evaluator, best, test)
     seconds = time.perf_counter() - started
-    result = Result(before, after, best_step, seconds, log.history)
-    write_models(arguments.out, tuning, best, arguments.torch_export)
+    exported = write_models(arguments.out, tuning, best, arguments.torch_export)
+    result = Result(before, after, best_step, seconds, exported, log.history)
     write_metrics(arguments.out, arguments, result)
     write_figures(arguments.out, arguments.prompt[0], result, cases_before, cases_after)
     return result
@@ -250,21 +261,20 @@ def optimise(
     per_epoch = max(len(train) // batch_size, 1)
     steps = arguments.steps or arguments.epochs * per_epoch
     every = arguments.validate_every or max(per_epoch, -(-steps // 20))
+    frame = {"frame_size": tuning.config.image_size, "fit": tuning.config.fit}
     prompts = {"prompt_modes": arguments.prompt, "num_points": arguments.num_points}
     batches = make_loader(
         train,
-        frame_size=tuning.config.image_size,
         batch_size=batch_size,
         seed=arguments.seed,
         shuffle=True,
         augment=Augment.preset(arguments.augment),
         num_epochs=None,
         workers=arguments.workers,
+        **frame,
         **prompts,
     )
-    val_batches = make_loader(
-        val, frame_size=tuning.config.image_size, batch_size=batch_size, box_jitter=0.0, **prompts
-    )
+    val_batches = make_loader(val, batch_size=batch_size, box_jitter=0.0, **frame, **prompts)
     schedule = warmup_cosine(arguments.lr, steps, arguments.warmup)
     optimizer = adamw(schedule, arguments.weight_decay)
     step = make_step(partial(seg.batch_loss, tuning), optimizer, arguments.accumulate)
@@ -319,6 +329,7 @@ def evaluate(
         batches = make_loader(
             dataset,
             frame_size=tuning.config.image_size,
+            fit=tuning.config.fit,
             batch_size=min(arguments.batch_size, len(dataset)),
             prompt_modes=mode,
             num_points=arguments.num_points,

@@ -29,17 +29,22 @@ class Result:
     after: dict[str, list[ImageScore]]
     best_step: int
     seconds: float
+    exported: Path | None  # the merged model for Meta's code
     history: list[dict[str, float]] = field(repr=False)
 
 
-def write_models(out: Path, tuning: Tuning, best: Params, torch_export: bool) -> None:
-    """The tuned model for samjax, and for Meta's code."""
-    from convert import sam, torch_io
+def write_models(out: Path, tuning: Tuning, best: Params, torch_export: bool) -> Path | None:
+    """The tuned model for samjax, and for Meta's code; the path of the latter, if wanted."""
+    from convert.families import family_of
 
     merged = tuning.merged(best)
     save_weights(out / "merged.safetensors", tuning.config, merged)
-    if torch_export:
-        torch_io.write_torch(out / "merged.pth", sam.to_torch(merged))
+    if not torch_export:
+        return None
+    family = family_of(tuning.config)
+    path = (out / "merged").with_suffix(family.suffix)
+    family.write(path, merged)
+    return path
 
 
 def write_metrics(out: Path, settings: Any, result: Result) -> None:

@@ -1,8 +1,8 @@
-"""Fine-tuning SAM for segmentation: what is trained, the loss of a batch, the evaluation.
+"""Fine-tuning SAM or SAM 2 for segmentation: what is trained, the loss of a batch, the evaluation.
 
-Shared by the experiments.  Binary masks use SAM's single-mask token, so that the tuned model stays
-an ordinary SAM, prompts and all; k classes use SAMed's k + 1 mask tokens (arXiv 2304.13785), where
-channel c is class c and channel 0 the background.
+Shared by the experiments.  Binary masks use the single-mask token, so that the tuned model stays an
+ordinary SAM, prompts and all; k classes use SAMed's k + 1 mask tokens (arXiv 2304.13785), where
+channel c is class c and channel 0 the background.  SAM 2 is tuned on single images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from jax.typing import DTypeLike
 from samjax.models.functional import bind, init_params
 from samjax.models.mask_decoder import MaskPrediction
 from samjax.models.ops import resize_bilinear, resize_bilinear_numpy
-from samjax.models.sam import SamConfig
+from samjax.models.sam2 import single_mask
+from samjax.models.sam2_config import Sam2Config
+from samjax.models.weights import Config
 from samjax.peft.lora import Adapter, LoraConfig, init_factors, merge
 from samjax.peft.paths import FREEZE, join, label_by_path, split_by_label, table
 from samjax.training.losses import segmentation_loss
@@ -33,6 +35,12 @@ METHODS = ("lora", "decoder", "full")
 ARRAYS = ("image", "mask", "size", "coords", "labels")  # of a batch, what the loss reads
 MASK_HEAD = "mask_decoder/(mask_tokens|output_hypernetworks_mlps|iou_prediction_head)/.*"
 BUFFER = "prompt_encoder/pe_gaussian"  # fixed random features, a buffer upstream
+# What the loss of a binary mask does not reach: without a gradient, weight decay alone would act.
+UNREACHED = (
+    "prompt_encoder/mask_downscaling/.*"
+    "|mask_decoder/(iou_prediction_head|pred_obj_score_head|output_hypernetworks_mlps/[1-9])/.*"
+    "|(memory_|mask_downsample/|pointer_|no_memory_pos_|no_object_|occluded_).*"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Tuning:
     parameter of the base; ``text`` is a table for a person.
     """
 
-    config: SamConfig
+    config: Config
     method: str
     trainable: Params
     frozen: Params
@@ -80,8 +88,8 @@ class Tuning:
 
 
 def with_classes(
-    config: SamConfig, params: Params, num_classes: int, seed: int
-) -> tuple[SamConfig, Params]:
+    config: Config, params: Params, num_classes: int, seed: int
+) -> tuple[Config, Params]:
     """The model with ``num_classes + 1`` mask tokens, its mask head fresh, all else kept.
 
     Source: SAMed leaves ``mask_tokens``, the hypernetworks and the IoU head out when it loads an
@@ -97,7 +105,7 @@ def with_classes(
 
 
 def prepare(
-    config: SamConfig,
+    config: Config,
     params: Params,
     method: str,
     *,
@@ -114,8 +122,8 @@ def prepare(
     head = [(MASK_HEAD, TRAIN)] if fresh_head else []
     rules = {
         "lora": [*head, (".*", FREEZE)],
-        "decoder": [("mask_decoder/.*", TRAIN), (".*", FREEZE)],
-        "full": [(BUFFER, FREEZE), (".*", TRAIN)],
+        "decoder": [*head, (UNREACHED, FREEZE), ("mask_decoder/.*", TRAIN), (".*", FREEZE)],
+        "full": [*head, (f"{BUFFER}|{UNREACHED}", FREEZE), (".*", TRAIN)],
     }
     if method not in rules:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
@@ -133,14 +141,23 @@ def prepare(
     return Tuning(config, method, trainable, frozen, own_lora, num_classes, text=text, **options)
 
 
-def frame_logits(config: SamConfig, prediction: MaskPrediction, num_classes: int) -> jax.Array:
-    """Logits in the model frame: ``(b, h, w)``, or ``(b, h, w, k + 1)`` for k > 1 classes."""
-    if num_classes == 1:
-        return resize_bilinear(prediction.low_res_logits[:, 0], config.image_size)
-    return jnp.moveaxis(resize_bilinear(prediction.low_res_logits, config.image_size), 1, -1)
+def frame_logits(
+    config: Config, prediction: MaskPrediction, num_classes: int, *, train: bool
+) -> jax.Array:
+    """Logits in the model frame: ``(b, h, w)``, or ``(b, h, w, k + 1)`` for k > 1 classes.
+
+    Of a binary mask they are the single-mask token's, which is trained; when predicting with SAM 2,
+    those of the best other one where it is not stable, as in both of Meta's predictors.
+    """
+    logits = prediction.low_res_logits
+    if num_classes > 1:
+        return jnp.moveaxis(resize_bilinear(logits, config.image_size), 1, -1)
+    if train or not isinstance(config, Sam2Config):
+        return resize_bilinear(logits[:, 0], config.image_size)
+    return resize_bilinear(single_mask(prediction)[0], config.image_size)
 
 
-def valid_pixels(config: SamConfig, sizes: jax.Array) -> jax.Array:
+def valid_pixels(config: Config, sizes: jax.Array) -> jax.Array:
     """Bool ``(b, h, w)``: inside the unpadded part of the frame."""
     height, width = config.image_size
     rows = jnp.arange(height)[None, :, None] < sizes[:, 0, None, None]
@@ -154,7 +171,7 @@ def batch_loss(
     """Dice + CE of each example, ``(b,)``, on logits in the model frame."""
     module = tuning.bind(trainable, frozen, key)
     prediction = module(batch["image"], batch["size"], batch["coords"], batch["labels"])
-    logits = frame_logits(tuning.config, prediction, tuning.num_classes)
+    logits = frame_logits(tuning.config, prediction, tuning.num_classes, train=True)
     valid = valid_pixels(tuning.config, batch["size"])
     return segmentation_loss(logits, batch["mask"], valid, dice_weight=tuning.dice_weight)
 
@@ -201,7 +218,7 @@ class Evaluator:
 def _predict_logits(tuning: Tuning, trainable: Params, frozen: Params, batch: dict) -> jax.Array:
     module = tuning.bind(trainable, frozen)
     prediction = module(batch["image"], batch["size"], batch["coords"], batch["labels"])
-    return frame_logits(tuning.config, prediction, tuning.num_classes)
+    return frame_logits(tuning.config, prediction, tuning.num_classes, train=False)
 
 
 def _to_labels(logits: np.ndarray) -> np.ndarray:

@@ -1,17 +1,28 @@
 """How an image is laid into the model's frame, and what that does to coordinates.
 
-The frame is the model's input size. An image is resized to fit it with its aspect kept and
-padded with zeros at the bottom and the right, as upstream's `ResizeLongestSide`
-(segment_anything/utils/transforms.py) does for a square; pixels come from Pillow, as upstream's
-do, so they are equal bit for bit.
+The frame is the model's input size, and there are two ways to fill it. SAM's is "pad": an image is
+resized to fit with its aspect kept and padded with zeros at the bottom and the right, as upstream's
+`ResizeLongestSide` (segment_anything/utils/transforms.py) does for a square. SAM 2's is "stretch":
+it is resized to the frame whatever its aspect. Pixels come from Pillow, as upstream's do.
 
 Training data and the predictor share this file; it imports neither, and no JAX.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from PIL import Image
+
+Fit = Literal["pad", "stretch"]
+
+
+def size_in_frame(
+    original_size: tuple[int, int], frame_size: tuple[int, int], fit: Fit
+) -> tuple[int, int]:
+    """(h, w) in pixels of the part of the frame (h, w) that an image of `original_size` fills."""
+    return frame_size if fit == "stretch" else resized_size(original_size, frame_size)
 
 
 def resized_size(original_size: tuple[int, int], frame_size: tuple[int, int]) -> tuple[int, int]:

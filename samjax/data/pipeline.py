@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import grain
 import numpy as np
@@ -21,7 +21,7 @@ from samjax.data.folder import SegmentationDataset
 from samjax.data.images import DataError
 from samjax.data.prompts import as_modes, num_slots, sample_prompt
 from samjax.data.transforms import Augment
-from samjax.frame import pad_to_frame, resize, resized_size
+from samjax.frame import Fit, pad_to_frame, resize, size_in_frame
 from samjax.prompt_labels import INVALID
 
 Batch = dict[str, np.ndarray]
@@ -35,7 +35,8 @@ class Loader:
 
         image          uint8 (b, h, w, 3)   RGB in the frame, zeros below and right of the picture
         mask           uint8 (b, h, w)      labels 0..k in the frame, 0 in the padding
-        size           int32 (b, 2)         (h, w) of the picture in the frame, without padding
+        size           int32 (b, 2)         (h, w) of the picture in the frame, without padding;
+                                            the frame's own where pictures are stretched to it
         original_size  int32 (b, 2)         (h, w) in the file
         coords         float32 (b, n, 2)    prompts: (x, y) in pixels of the frame
         labels         int32 (b, n)         prompts: 1, 0, 2, 3, -1, or -2 for no prompt
@@ -64,6 +65,7 @@ def make_loader(
     dataset: SegmentationDataset,
     *,
     frame_size: tuple[int, int],
+    fit: Fit = "pad",
     batch_size: int,
     seed: int = 0,
     shuffle: bool = False,
@@ -90,6 +92,8 @@ def make_loader(
     Args:
         dataset: see `SegmentationDataset`.
         frame_size: (h, w) of the model's input in pixels.
+        fit: "pad" keeps the aspect and pads, as SAM wants it; "stretch" does not, as SAM 2 wants
+            it (whose predictor stretches in floating point: pixels differ by up to 0.5).
         batch_size: rows in a batch, of all hosts together.
         seed: of order, augmentation and prompts, 0 to 2^32 - 1.
         shuffle: a new order each epoch; otherwise that of the data set.
@@ -137,13 +141,15 @@ def make_loader(
         )
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs {num_epochs}: expected at least 1, or None for no end")
+    if fit not in get_args(Fit):
+        raise ValueError(f"fit {fit!r}: expected one of {', '.join(get_args(Fit))}")
     if not len(dataset):
         raise ValueError("the data set is empty")
 
     positions = grain.MapDataset.range(len(dataset)).seed(seed).repeat(num_epochs)
     if shuffle:
         positions = positions.map_with_index(_Shuffled(len(dataset), seed))
-    examples = positions.map(_ResizedExamples(dataset, frame_size, cache))
+    examples = positions.map(_ResizedExamples(dataset, frame_size, fit, cache))
     finish = _FinishExample(
         frame_size=frame_size,
         augment=augment or Augment(),
@@ -216,9 +222,12 @@ class _Shuffled:
 class _ResizedExamples:
     """The data set with images and masks resized to fit the frame, decoded once if cached."""
 
-    def __init__(self, dataset: SegmentationDataset, frame_size: tuple[int, int], cache: bool):
+    def __init__(
+        self, dataset: SegmentationDataset, frame_size: tuple[int, int], fit: Fit, cache: bool
+    ):
         self._dataset = dataset
         self._frame_size = frame_size
+        self._fit: Fit = fit
         self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
         self._locks = [threading.Lock() for _ in range(16)]
 
@@ -227,6 +236,7 @@ class _ResizedExamples:
         return {
             "dataset": self._dataset,
             "frame_size": self._frame_size,
+            "fit": self._fit,
             "cache": self._cache is not None,
         }
 
@@ -254,7 +264,7 @@ class _ResizedExamples:
                 f"example {index} ({example['name']}): image {image.dtype} {image.shape} and mask "
                 f"{mask.dtype} {mask.shape}; expected uint8 (h, w, 3) and uint8 (h, w)"
             )
-        size = resized_size(mask.shape, self._frame_size)
+        size = size_in_frame(mask.shape, self._frame_size, self._fit)
         return {
             "image": resize(image, size),
             "mask": resize(mask, size),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +13,7 @@ class PromptableConfig:
 
     family: ClassVar[str]  # as a weights file calls it
     encoder: ClassVar[type]  # the class of ``image_encoder``
+    fit: ClassVar[Literal["pad", "stretch"]]  # how images fill the frame: ``samjax.frame``
 
     num_multimask: int = 3  # masks beside the single one; SAMed: the number of classes
     mask_channels: int = 16  # hidden channels of the mask prompt's encoder

@@ -26,6 +26,7 @@ class SamConfig(PromptableConfig):
 
     family: ClassVar[str] = "sam"
     encoder: ClassVar[type] = ViTConfig
+    fit: ClassVar = "pad"
 
     image_encoder: ViTConfig = field(default_factory=ViTConfig)
 

@@ -36,7 +36,7 @@ from samjax.models.ops import (
 )
 from samjax.models.prompt_encoder import EncodedPrompt, PromptEncoder
 from samjax.models.sam2_config import Sam2Config
-from samjax.prompt_labels import NOT_A_POINT
+from samjax.prompt_labels import INVALID, NOT_A_POINT
 
 NO_OBJECT_LOGIT = -1024.0  # of every pixel of an object that is not in the frame
 MASK_SCALE, MASK_BIAS = 20.0, -10.0  # probabilities and given masks in the memory encoder's scale
@@ -169,7 +169,11 @@ class Sam2(nnx.Module):
         coords: Float[Array, "b p 2"],
         labels: Int[Array, "b p"],
     ) -> MaskPrediction:
-        """The model on a batch of single images: image i with prompt i."""
+        """The model on a batch of single images: image i with prompt i.
+
+        Prompts may be SAM's, whose boxes come without upstream's padding point: it is added.
+        """
+        coords, labels = with_padding_point(coords, labels)
         features = self.encode_image(images, sizes)
         embedding = self.without_memory(features.embedding)
         return self.decode(embedding, self.encode_prompt(coords, labels), features.high_res)
@@ -304,6 +308,18 @@ class Sam2(nnx.Module):
             jnp.zeros(len(embedding), bool),
         )
         return prediction, memory
+
+
+def with_padding_point(
+    coords: Float[Array, "b p 2"], labels: Int[Array, "b p"]
+) -> tuple[Float[Array, "b q 2"], Int[Array, "b q"]]:
+    """A slot more, with upstream's padding point for every prompt that lacks it.
+
+    Upstream's predictors turn a box into two points, and its prompt encoder pads points.
+    """
+    lacking = (labels >= 0).any(axis=1) & (labels != NOT_A_POINT).all(axis=1)
+    padding = jnp.where(lacking, NOT_A_POINT, INVALID)[:, None].astype(labels.dtype)
+    return jnp.pad(coords, ((0, 0), (0, 1), (0, 0))), jnp.concatenate([labels, padding], axis=1)
 
 
 def no_points(batch: int) -> tuple[Float[Array, "b 2 2"], Int[Array, "b 2"]]:

@@ -22,6 +22,7 @@ class Sam2Config(PromptableConfig):
 
     family: ClassVar[str] = "sam2"
     encoder: ClassVar[type] = HieraConfig
+    fit: ClassVar = "stretch"
 
     image_encoder: HieraConfig = field(default_factory=HieraConfig)
     pointer_times: bool = True  # 2.1: object pointers carry their distance in time

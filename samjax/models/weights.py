@@ -30,7 +30,7 @@ Config = SamConfig | Sam2Config
 FAMILIES: dict[str, type[SamConfig] | type[Sam2Config]] = {
     config.family: config for config in (SamConfig, Sam2Config)
 }
-CONVERTERS = "python -m convert.sam --ckpt {path} (SAM 2: convert.sam2)"
+CONVERTER = "python -m convert --ckpt {path}"
 
 
 class WeightsError(ValueError):
@@ -51,7 +51,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str
         raise WeightsError(f"{path}: no such file")
     if path.suffix in TORCH_SUFFIXES:
         raise WeightsError(
-            f"{path}: a PyTorch file; convert it first: {CONVERTERS.format(path=path)}"
+            f"{path}: a PyTorch file; convert it first: {CONVERTER.format(path=path)}"
         )
     try:
         with safe_open(str(path), framework="numpy") as file:
@@ -78,7 +78,7 @@ def load_weights(path: str | Path) -> tuple[Config, Params]:
     if "config" not in metadata:
         raise WeightsError(
             f"{path}: no samjax model config in the metadata; a checkpoint of another project is "
-            f"converted by: {CONVERTERS.format(path=path)}"
+            f"converted by: {CONVERTER.format(path=path)}"
         )
     family = metadata.get("family", SamConfig.family)  # files of samjax 0.1 are all SAM's
     if family not in FAMILIES:

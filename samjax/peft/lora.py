@@ -19,14 +19,16 @@ import numpy as np
 
 from samjax.trees import Params, block_columns, flatten, unflatten
 
+_BLOCK = r"image_encoder/(?:trunk/)?blocks/\d+/"  # of SAM's encoder, and of SAM 2's
+
 # part → projection → (dense layers, block of their output)
 TARGETS: dict[str, dict[str, tuple[str, str]]] = {
     "image_encoder": {
-        "q": (r"image_encoder/blocks/\d+/attn/qkv", "q"),
-        "k": (r"image_encoder/blocks/\d+/attn/qkv", "k"),
-        "v": (r"image_encoder/blocks/\d+/attn/qkv", "v"),
-        "o": (r"image_encoder/blocks/\d+/attn/proj", "all"),
-        "mlp": (r"image_encoder/blocks/\d+/mlp/lin[12]", "all"),
+        "q": (_BLOCK + "attn/qkv", "q"),
+        "k": (_BLOCK + "attn/qkv", "k"),
+        "v": (_BLOCK + "attn/qkv", "v"),
+        "o": (_BLOCK + "attn/proj", "all"),
+        "mlp": (_BLOCK + "mlp/lin[12]", "all"),
     },
     "mask_decoder": {
         "q": (r"mask_decoder/transformer/.*attn\w*/q_proj", "all"),

@@ -89,20 +89,10 @@ def converted(ckpt: Path) -> Iterator[Path]:
         raise ValueError(f"{ckpt}: no such file")
     with tempfile.TemporaryDirectory(prefix="samjax-") as folder:
         target = Path(folder) / "converted.safetensors"
-        message = _convert("convert.sam", ckpt, target)
-        if "python -m convert.sam2" in message:  # it names the converter that the file needs
-            message = _convert("convert.sam2", ckpt, target)
-        if message:
-            raise ValueError(message)
+        command = [sys.executable, "-m", "convert", "--ckpt", str(ckpt), "--out", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            message = done.stderr.strip() or f"exit code {done.returncode}"
+            raise ValueError(message.removeprefix("convert: error: "))
+        print(f"converted {ckpt} (once and for all: python -m convert --ckpt {ckpt})")
         yield target
-
-
-def _convert(converter: str, ckpt: Path, target: Path) -> str:
-    """What the converter complains about; nothing if it has written the target."""
-    command = [sys.executable, "-m", converter, "--ckpt", str(ckpt), "--out", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        message = done.stderr.strip() or f"exit code {done.returncode}"
-        return message.removeprefix(f"{converter}: error: ")
-    print(f"converted {ckpt} (once and for all: python -m {converter} --ckpt {ckpt})")
-    return ""

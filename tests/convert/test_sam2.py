@@ -8,10 +8,12 @@ from safetensors.numpy import save_file
 
 import tiny_models
 from convert import bridge
+from convert.__main__ import main as main_any
+from convert.families import family_of
 from convert.sam import main as main_sam
 from convert.sam2 import FAMILY, LEAVES, NAMES, convert, main, to_torch
 from convert.sam2_shapes import describe, infer_config, strip_wrapper, variant_name
-from convert.torch_io import CheckpointError
+from convert.torch_io import CheckpointError, read_checkpoint
 from samjax.models.functional import abstract_params
 from samjax.models.sam2_config import VARIANTS, Sam2Config, sam2
 from samjax.models.weights import load_weights, save_weights
@@ -157,3 +159,28 @@ def test_weights_files_keep_families_apart(tmp_path, capsys):
     assert "family 'sam2'" in capsys.readouterr().err
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiny.safetensors"]
     assert FAMILY.key == "model"
+
+
+@pytest.mark.parametrize("config", [tiny_models.SAM, tiny_models.SAM2], ids=["sam", "sam2"])
+def test_the_command_for_both_families(config, tmp_path, capsys):
+    """`python -m convert` tells the family from the file, converted or PyTorch's."""
+    pytest.importorskip("torch")
+    ours, torch_file = tmp_path / "ours.safetensors", tmp_path / "theirs.pt"
+    params = tiny_models.random_params(config)
+    save_weights(ours, config, params)
+    assert main_any(["--ckpt", str(ours), "--to-torch", str(torch_file)]) == 0
+    arrays, info = read_checkpoint(torch_file)
+    family = family_of(config)
+    assert info.key == (family.key or "")
+    assert arrays.keys() == family.to_torch(params).keys()
+
+    code = main_any(["--ckpt", str(torch_file), "--out", str(tmp_path / "again.safetensors")])
+    if family is FAMILY:  # this trunk is none of Meta's, whose windows are known
+        assert code == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"convert: error: {torch_file}: a trunk of width 24")
+    else:
+        assert code == 0
+        _, again = load_weights(tmp_path / "again.safetensors")
+        for path, leaf in flatten(again).items():
+            np.testing.assert_array_equal(leaf, flatten(params)[path])

@@ -218,6 +218,17 @@ def test_prompts_lie_on_the_augmented_mask_and_never_in_the_padding():
                     assert y < height
 
 
+def test_stretched_pictures_fill_the_frame():
+    (first, *_) = batches_of(Drawn(), fit="stretch", prompt_modes="box", box_jitter=0.0)
+    for row, (height, width) in enumerate(SIZES[:2]):
+        assert (first["image"][row, ..., 0] == 100 + row).all()
+        np.testing.assert_array_equal(first["size"][row], FRAME)
+        np.testing.assert_array_equal(first["original_size"][row], (height, width))
+        scale = np.array([FRAME[1] / width, FRAME[0] / height])
+        box = [[width // 3, height // 4], [width // 2, height // 2]] * scale
+        np.testing.assert_allclose(first["coords"][row, :2], box, atol=1.0)
+
+
 def test_box_prompts_fit_the_mask():
     (batch,) = batches_of(Drawn(1), batch_size=1, prompt_modes="box", box_jitter=0.0)
     rows, columns = np.nonzero(batch["mask"][0])
@@ -288,6 +299,7 @@ def test_examples_of_a_wrong_kind_are_named():
         ({"seed": -1}, "seed -1"),
         ({"num_epochs": 0}, "num_epochs 0"),
         ({"frame_size": (0, 64)}, r"frame_size \(0, 64\)"),
+        ({"fit": "crop"}, "fit 'crop': expected one of pad, stretch"),
         ({"start_step": -1}, "start_step -1"),
         ({"prompt_modes": "boxes"}, "prompt modes boxes"),
         ({"box_jitter": 0.5}, "box_jitter 0.5"),

@@ -1,9 +1,10 @@
-"""A tiny checkpoint and tiny phantom folders for the experiments' tests."""
+"""Tiny checkpoints and tiny phantom folders for the experiments' tests."""
 
 from __future__ import annotations
 
 import pytest
 
+import tiny_models
 from samjax.data.phantom import write_phantom_folder
 from samjax.models.functional import init_params
 from samjax.models.sam import SamConfig, ViTConfig
@@ -33,6 +34,14 @@ def tiny_config() -> SamConfig:
 def tiny_checkpoint(tiny_config, tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
     save_weights(path, tiny_config, init_params(tiny_config, 0))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sam2_checkpoint(tmp_path_factory):
+    """SAM 2, from noisy values: its residual branches start switched off otherwise."""
+    path = tmp_path_factory.mktemp("checkpoint") / "sam2.safetensors"
+    save_weights(path, tiny_models.SAM2, tiny_models.noisy_params(tiny_models.SAM2))
     return path
 
 

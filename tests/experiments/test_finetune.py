@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+import tiny_models
 from experiments import finetune
+from experiments import segmentation as seg
+from samjax import SAM2ImagePredictor, SamModel
+from samjax.data import FolderDataset, make_loader
+from samjax.models.functional import bind
+from samjax.models.ops import resize_bilinear_numpy
 from samjax.models.weights import load_weights
 from samjax.peft.adapter_files import read_adapter
 from samjax.peft.lora import merge
 from samjax.trees import flatten
+
+ARRAYS = ("image", "size", "coords", "labels")
 
 
 def command(folder, checkpoint, out, *more: str) -> list[str]:
@@ -60,6 +69,62 @@ def test_the_merged_pth_loads_into_meta_s_code(phantom_folder, tiny_checkpoint, 
     config, _ = load_weights(tmp_path / "merged.safetensors")
     upstream = build_reference_sam(config)
     upstream.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_sam2_is_tuned_and_goes_back_to_meta_s_code(phantom_folder, sam2_checkpoint, tmp_path):
+    torch = pytest.importorskip("torch")
+    from convert.reference import build_reference_sam2
+
+    out = tmp_path / "sam2"
+    arguments = command(phantom_folder, sam2_checkpoint, out, "--rank", "2", "--lr", "1e-2")
+    assert finetune.main([*arguments, "--prompt", "box", "none"]) == 0
+    losses = [entry["loss"] for entry in history(out) if "loss" in entry]
+    assert losses[-1] < losses[0]
+    config, merged = load_weights(out / "merged.safetensors")
+    assert config == tiny_models.SAM2
+    _, base = load_weights(sam2_checkpoint)
+    before, after = flatten(base), flatten(merged)
+    changed = [path for path in before if not np.array_equal(before[path], after[path])]
+    blocks = sum(config.image_encoder.stages)
+    assert sum("trunk/blocks" in path for path in changed) == blocks
+    assert all(path.endswith(("/attn/qkv/kernel", "_proj/kernel")) for path in changed)
+    upstream = build_reference_sam2(config)
+    state = torch.load(out / "merged.pt", weights_only=True)["model"]
+    upstream.load_state_dict(state, strict=True)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_sam2_is_scored_as_its_predictor_segments(sam2_checkpoint, phantom_folder):
+    """Images that are no squares, stretched to the frame; a box as the prompt."""
+    model = SamModel.load(sam2_checkpoint)
+    dataset = FolderDataset(phantom_folder / "images", phantom_folder / "masks")
+    size = model.config.image_size
+    batches = make_loader(
+        dataset,
+        frame_size=size,
+        fit=model.config.fit,
+        batch_size=4,
+        prompt_modes="box",
+        box_jitter=0.0,
+    )
+
+    @jax.jit
+    def segment(batch):
+        prediction = bind(model.config, model.params)(*(batch[name] for name in ARRAYS))
+        return seg.frame_logits(model.config, prediction, 1, train=False)
+
+    predictor = SAM2ImagePredictor(model)
+    for batch in batches:
+        scored = segment({name: batch[name] for name in ARRAYS})
+        for row, index in enumerate(batch["index"]):
+            image = dataset[int(index)]["image"]
+            predictor.set_image(image)
+            box = (batch["coords"][row, :2] * np.array(image.shape[1::-1]) / size[::-1]).ravel()
+            _, _, low_res = predictor.predict(box=box, multimask_output=False)
+            expected = resize_bilinear_numpy(low_res[0], size)
+            # The loader's pixels are rounded, the predictor's are not.
+            assert np.std(scored[row] - expected) < 0.02 * np.std(expected)
 
 
 def test_the_same_seed_gives_the_same_curve(phantom_folder, tiny_checkpoint, tmp_path):
@@ -151,6 +216,8 @@ def test_bad_data_stops_the_run_with_one_message(
         (("--val-images", "somewhere"), "--val-masks"),
         (("--ckpt", "nowhere.safetensors"), "nowhere.safetensors"),
         (("--image-size", "65"), "65"),
+        (("--variant", "sam2.1_hiera_tiny"), "expected sam2.1_hiera_tiny, recognised custom"),
+        (("--variant", "vit_z"), "no variant 'vit_z'; there are vit_b"),
     ],
 )
 def test_bad_settings_are_named(phantom_folder, tiny_checkpoint, tmp_path, capsys, more, expected):

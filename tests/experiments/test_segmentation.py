@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+import tiny_models
 from experiments import segmentation as seg
 from samjax.models.functional import bind, init_params
 from samjax.peft.lora import LoraConfig
@@ -66,7 +67,36 @@ def test_only_what_the_method_names_changes(tiny_config, batch, method):
         assert changed
         assert all(path.startswith("mask_decoder/") for path in changed)
     else:
-        assert set(frozen) == {"prompt_encoder/pe_gaussian"}
+        assert "image_encoder/pos_embed" not in frozen
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("family", ["sam", "sam2"])
+def test_what_the_loss_does_not_reach_is_not_trained(tiny_config, family):
+    """Else weight decay alone would change it."""
+    config = tiny_config if family == "sam" else tiny_models.SAM2
+    params = tiny_models.noisy_params(config)
+    tuning = seg.prepare(config, params, "full", lora=LORA)
+    rng = np.random.default_rng(0)
+    size = config.image_size
+    labels = np.array([[1, 0, -1], [2, 3, -2], [-2, -2, -2]], np.int32)
+    batch = {
+        "image": rng.integers(0, 256, (3, *size, 3), dtype=np.uint8),
+        "mask": rng.integers(0, 2, (3, *size), dtype=np.uint8),
+        "size": np.array([size] * 3, np.int32),
+        "coords": rng.uniform(0, min(size), (3, 3, 2)).astype(np.float32),
+        "labels": labels,
+    }
+
+    def loss(params, batch):
+        whole = {"params": params, "factors": {}}
+        return seg.batch_loss(tuning, whole, {}, batch, KEY).sum()
+
+    gradients = flatten(jax.jit(jax.grad(loss))(params, batch))
+    without = {path for path, leaf in gradients.items() if not np.abs(leaf).any()}
+    frozen = set(flatten(tuning.frozen))
+    assert frozen - without == {seg.BUFFER}
+    assert without - frozen == set()
 
 
 def test_lora_side_path_equals_the_merged_model(tiny_config, batch):

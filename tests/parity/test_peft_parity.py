@@ -12,8 +12,9 @@ from flax import nnx
 import tiny_models
 from samjax.models import functional
 from samjax.models.layers import Dense, SidePath
-from samjax.peft.adapter_files import read_adapter, write_peft
+from samjax.peft.adapter_files import read_adapter
 from samjax.peft.lora import Adapter, LoraConfig, init_factors, merge
+from samjax.peft.peft_files import write_peft
 from samjax.trees import flatten
 
 torch = pytest.importorskip("torch")
@@ -224,6 +225,32 @@ def test_nothing_is_left_over_in_peft(peft, upstream, params, tmp_path):
     own = peft.get_peft_model_state_dict(tuned)
     assert sorted(own) == sorted(stored)
     assert all(torch.equal(own[key], tensor) for key, tensor in stored.items())
+
+
+def test_sam2_by_its_module_s_names(peft, tmp_path):
+    """What PEFT merges into Meta's SAM 2 from our folder, and we from PEFT's, is what we merge."""
+    from convert.families import family_of
+    from convert.reference import build_reference_sam2
+
+    family = family_of(tiny_models.SAM2)
+    params = tiny_models.random_params(tiny_models.SAM2)
+    adapter = random_adapter(params, EVERYTHING)
+    sam2 = build_reference_sam2(tiny_models.SAM2)
+    sam2.load_state_dict({k: torch.from_numpy(v) for k, v in family.to_torch(params).items()})
+    write_peft(tmp_path / "ours", adapter, modules=family.modules(params))
+    tuned = peft.PeftModel.from_pretrained(sam2, str(tmp_path / "ours"))
+    tuned.save_pretrained(str(tmp_path / "theirs"))
+    by_peft = tuned.merge_and_unload().state_dict()
+    for folder in ("ours", "theirs"):
+        read = read_adapter(tmp_path / folder, family.modules(params))
+        ours = family.to_torch(merge(params, read))
+        assert ours.keys() == by_peft.keys()
+        for name, array in ours.items():
+            np.testing.assert_allclose(array, by_peft[name].numpy(), atol=1e-6, err_msg=name)
+    with pytest.raises(ValueError, match=r"image_encoder\S+: the model has no such layer"):
+        read_adapter(tmp_path / "ours", {"image_encoder/x": "image_encoder.x"})
+    with pytest.raises(ValueError, match="layers that the model does not have"):
+        write_peft(tmp_path / "no", adapter, modules={"image_encoder/x": "image_encoder.x"})
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from samjax.peft.adapter_files import (
-    PEFT_CONFIG,
-    PEFT_TENSORS,
-    read_adapter,
-    write_adapter,
-    write_peft,
-    write_samed,
-)
+from samjax.peft.adapter_files import read_adapter, write_adapter, write_samed
 from samjax.peft.lora import Adapter, merge
+from samjax.peft.peft_files import PEFT_CONFIG, PEFT_TENSORS, write_peft
 from samjax.trees import flatten, unflatten
 
 QKV = "image_encoder/blocks/{}/attn/qkv"
