@@ -78,7 +78,7 @@ def test_truncated_file(file, length):
 def test_torch_file_is_sent_to_the_converter(tmp_path, suffix):
     path = tmp_path / f"sam_vit_b{suffix}"
     path.write_bytes(b"PK\x03\x04")
-    with pytest.raises(WeightsError, match=rf"convert\.sam --ckpt .*sam_vit_b\{suffix}"):
+    with pytest.raises(WeightsError, match=rf"python -m convert --ckpt .*sam_vit_b\{suffix}"):
         load_weights(path)
 
 
