@@ -49,6 +49,8 @@ class LoraConfig:
     dropout: float = 0.0  # probability of dropping an entry of the side path's input
     projections: tuple[str, ...] = ("q", "v")  # of q, k, v, o, mlp
     parts: tuple[str, ...] = ("image_encoder",)  # of image_encoder, mask_decoder
+    # Of another model: (regular expression of a layer's path, block) in the place of the two above.
+    targets: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
         if self.rank < 1:
@@ -88,16 +90,17 @@ def find_targets(params: Params, config: LoraConfig) -> list[tuple[str, str]]:
     Raises ``ValueError`` if a requested projection matches no layer of ``params``.
     """
     layers = [p.removesuffix("/kernel") for p in flatten(params) if p.endswith("/kernel")]
+    wanted = [(f"targets[{i}]", *target) for i, target in enumerate(config.targets)] or [
+        (f"{projection!r} of {part!r}", *TARGETS[part][projection])
+        for part in config.parts
+        for projection in config.projections
+    ]
     found = []
-    for part in config.parts:
-        for projection in config.projections:
-            pattern, block = TARGETS[part][projection]
-            matches = [(layer, block) for layer in layers if re.fullmatch(pattern, layer)]
-            if not matches:
-                raise ValueError(
-                    f"LoRA on {projection!r} of {part!r}: no layer matches {pattern!r}"
-                )
-            found += matches
+    for name, pattern, block in wanted:
+        matches = [(layer, block) for layer in layers if re.fullmatch(pattern, layer)]
+        if not matches:
+            raise ValueError(f"LoRA on {name}: no layer matches {pattern!r}")
+        found += matches
     return sorted(found, key=lambda target: (layers.index(target[0]), target[1]))
 
 

@@ -303,48 +303,70 @@ QUICK = ("sam2.1_hiera_tiny",)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_whole_model_at_1024(name, record_property):
-    """Image features and masks of Meta's own sizes."""
+def test_whole_model_at_1024(name):
+    """Image features and masks of Meta's own sizes: a batch of two images, each kind of prompt."""
     if name not in QUICK and not os.environ.get(EVERY_SIZE):
-        pytest.skip(f"set {EVERY_SIZE}=1 for all eight models (10 minutes, 6 GB)")
+        pytest.skip(f"set {EVERY_SIZE}=1 for all eight models (20 minutes, 8 GB)")
     config = sam2(*VARIANTS[name])
     theirs, params = sam2_pair(config)
     rng = np.random.default_rng(0)
-    pixels = rng.normal(size=(1, 32, 32, 3)).repeat(32, 1).repeat(32, 2).astype(np.float32)
-    coords = jnp.asarray(rng.uniform(0, 1024, (1, 3, 2)) * [[[1], [1], [0]]], jnp.float32)
-    labels = jnp.array([[1, 0, -1]])
+    pixels = rng.normal(size=(2, 32, 32, 3)).repeat(32, 1).repeat(32, 2).astype(np.float32)
+    images = pixels * np.float32(config.pixel_std) + np.float32(config.pixel_mean)
+    features = jax.jit(lambda params, images: bind(config, params).encode_image(images))(
+        params, images
+    )
+    with torch.no_grad():
+        *levels, embedding = theirs.forward_image(nchw(pixels))["backbone_fpn"]
+    differences = {
+        place: relative(found, np.moveaxis(np.asarray(expected), 1, -1))
+        for place, found, expected in zip(
+            ("stride 4", "stride 8", "embedding"),
+            (*features.high_res, features.embedding),
+            (*levels, embedding),
+            strict=True,
+        )
+    }
 
     @jax.jit
-    def ours(params, images, coords):
+    def decode(params, features, *prompt):
         model = bind(config, params)
-        features = model.encode_image(images)
         embedding = model.without_memory(features.embedding)
-        prompt = model.encode_prompt(coords, labels)
-        return features, model.decode(embedding, prompt, features.high_res)
+        return model.decode(embedding, model.encode_prompt(*prompt), features.high_res)
 
-    images = pixels * np.float32(config.pixel_std) + np.float32(config.pixel_mean)
-    features, found = ours(params, images, coords)
-    with torch.no_grad():
-        levels = theirs.forward_image(nchw(pixels))["backbone_fpn"]
-        points = as_torch(coords)[:, :-1], as_torch(labels)[:, :-1]
-        sparse, dense = theirs.sam_prompt_encoder(points=points, boxes=None, masks=None)
-        expected = theirs.sam_mask_decoder.predict_masks(
-            image_embeddings=levels[2] + theirs.no_mem_embed.reshape(1, -1, 1, 1),
-            image_pe=theirs.sam_prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            repeat_image=False,
-            high_res_features=levels[:2],
-        )
-    logits, iou, _, score = (np.asarray(x) for x in expected)
-    differences = {
-        "stride 4": relative(features.high_res[0], np.moveaxis(np.asarray(levels[0]), 1, -1)),
-        "stride 8": relative(features.high_res[1], np.moveaxis(np.asarray(levels[1]), 1, -1)),
-        "embedding": relative(features.embedding, np.moveaxis(np.asarray(levels[2]), 1, -1)),
-        "logits": relative(found.low_res_logits, logits),
-        "iou": float(np.abs(found.iou - iou).max()),
-        "score": float(np.abs(found.object_score_logits - score[:, 0]).max() / np.abs(score).max()),
-    }
-    print(name, {k: f"{v:.1e}" for k, v in differences.items()})
-    record_property("differences", differences)
+    corners = np.sort(rng.uniform(0, 1024, (2, 2, 2)), axis=1)
+    mask = rng.normal(size=(2, 16, 16, 1)).repeat(16, 1).repeat(16, 2)
+    for kind, coords, labels, masks in (
+        ("points", rng.uniform(0, 1024, (2, 2, 2)), [[1, 0], [1, 1]], None),
+        ("boxes", corners, [[2, 3], [2, 3]], None),
+        ("masks", rng.uniform(0, 1024, (2, 1, 2)), [[1], [0]], 10 * mask),
+    ):
+        coords = jnp.asarray(coords, jnp.float32)
+        labels = jnp.array(labels)
+        masks = None if masks is None else jnp.asarray(masks, jnp.float32)
+        padding = jnp.zeros((2, 1, 2)), jnp.full((2, 1), -1)
+        ours = [jnp.concatenate(pair, 1) for pair in zip((coords, labels), padding, strict=True)]
+        found = decode(params, features, *ours, masks)
+        with torch.no_grad():
+            sparse, dense = theirs.sam_prompt_encoder(
+                points=(as_torch(coords), as_torch(labels)),
+                boxes=None,
+                masks=None if masks is None else nchw(masks),
+            )
+            logits, iou, _, score = theirs.sam_mask_decoder.predict_masks(
+                image_embeddings=embedding + theirs.no_mem_embed.reshape(1, -1, 1, 1),
+                image_pe=theirs.sam_prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                repeat_image=False,
+                high_res_features=levels,
+            )
+        score = score.numpy()[:, 0]
+        differences |= {
+            f"{kind}: logits": relative(found.low_res_logits, logits),
+            f"{kind}: iou": float(np.abs(found.iou - iou.numpy()).max()),
+            f"{kind}: score": float(
+                np.abs(found.object_score_logits - score).max() / np.abs(score).max()
+            ),
+        }
+    print(name, {place: f"{value:.1e}" for place, value in differences.items()})
     assert max(differences.values()) < 1e-4
