@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Chosen by hand: torchvision's release goes with torch's, and the parity tests are written
 # against these releases of the packages that they compare with.
 FIXED = {
+    "galore-torch": "1.0",
     "medpy": "0.5.2",
     "monai": "1.6.1",
     "sam2": "1.1.0",

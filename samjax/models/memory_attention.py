@@ -77,12 +77,15 @@ class RotaryAttention(nnx.Module):
         """
         turns = rotations(self.grid, q.shape[-1])
         q = rotate(self.q_proj(q), turns)
-        k, v = self.k_proj(k), self.v_proj(v)
+        k = self.k_proj(k)
         k = jnp.concatenate([k[:, :unplaced], rotate(k[:, unplaced:], turns)], axis=1)
         b = max(len(q), len(k))
         q, k, v = (jnp.broadcast_to(x, (b, *x.shape[1:]))[:, None] for x in (q, k, v))
         block = _block(q.shape[2], unplaced)
-        return self.out_proj(attend(q, k, v, valid=valid, length=length, block=block)[:, 0])
+        # The mean of the projected values is the projected mean of the values: weights sum to one.
+        # Memories have a quarter of the channels, and so the second product takes a quarter.
+        mean = attend(q, k, v.astype(q.dtype), valid=valid, length=length, block=block)[:, 0]
+        return self.out_proj(self.v_proj(mean))
 
 
 def _block(tokens: int, unplaced: int) -> int:

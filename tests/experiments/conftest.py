@@ -11,6 +11,11 @@ from samjax.models.sam import SamConfig, ViTConfig
 from samjax.models.weights import save_weights
 
 
+@pytest.fixture(autouse=True)
+def compiled_quickly(quick_compilation):
+    """Compiling is most of the time here."""
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> SamConfig:
     return SamConfig(

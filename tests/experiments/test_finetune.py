@@ -71,7 +71,6 @@ def test_the_merged_pth_loads_into_meta_s_code(phantom_folder, tiny_checkpoint, 
     upstream.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_sam2_is_tuned_and_goes_back_to_meta_s_code(phantom_folder, sam2_checkpoint, tmp_path):
     torch = pytest.importorskip("torch")
     from convert.reference import build_reference_sam2
@@ -94,7 +93,6 @@ def test_sam2_is_tuned_and_goes_back_to_meta_s_code(phantom_folder, sam2_checkpo
     upstream.load_state_dict(state, strict=True)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_sam2_is_scored_as_its_predictor_segments(sam2_checkpoint, phantom_folder):
     """Images that are no squares, stretched to the frame; a box as the prompt."""
     model = SamModel.load(sam2_checkpoint)

@@ -70,7 +70,6 @@ def test_only_what_the_method_names_changes(tiny_config, batch, method):
         assert "image_encoder/pos_embed" not in frozen
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("family", ["sam", "sam2"])
 def test_what_the_loss_does_not_reach_is_not_trained(tiny_config, family):
     """Else weight decay alone would change it."""
