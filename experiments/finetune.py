@@ -25,6 +25,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 
 from experiments import segmentation as seg
@@ -42,9 +43,10 @@ from samjax.models.functional import init_params
 from samjax.models.sam import VARIANTS
 from samjax.models.weights import Config, resize_params
 from samjax.peft.adapter_files import write_adapter
+from samjax.peft.galore import Projection
 from samjax.peft.lora import LoraConfig
 from samjax.training.log import RunLog
-from samjax.training.loop import TrainingError, adamw, fit, init_state, make_step, warmup_cosine
+from samjax.training.loop import TrainingError, fit, init_state, make_step, warmup_cosine
 from samjax.training.metrics import ImageScore, mean_over_classes, summarise
 from samjax.trees import Params
 
@@ -81,10 +83,17 @@ class Arguments:
     image_size: int | None = None
     """Side of the square model frame in pixels; by default the checkpoint's."""
 
-    method: Literal["lora", "decoder", "full"] = "lora"
-    """What is trained: low-rank adapters, the mask decoder, or everything."""
+    method: Literal["lora", "lora+decoder", "decoder", "full", "galore", "galore+decoder"] = "lora"
+    """What is trained: low-rank adapters, the mask decoder, everything; with galore, matrices by
+    an optimizer that keeps its moments in few dimensions."""
     rank: int = 4
-    """LoRA: rank of the factors."""
+    """LoRA: rank of the factors. GaLore: dimensions of the projected gradients."""
+    galore_gap: int = 200
+    """GaLore: steps between two refreshes of the bases."""
+    galore_scale: float = 0.25
+    """GaLore: factor of its steps."""
+    galore_projection: Projection = "std"
+    """GaLore: which side of a matrix is made short."""
     alpha: float | None = None
     """LoRA: scale is alpha / rank; by default 1."""
     dropout: float = 0.0
@@ -219,6 +228,21 @@ def prepare(arguments: Arguments) -> seg.Tuning:
     )
 
 
+def make_optimizer(
+    arguments: Arguments, tuning: seg.Tuning, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """The optimizer of the settings."""
+    return seg.make_optimizer(
+        tuning,
+        learning_rate,
+        weight_decay=arguments.weight_decay,
+        rank=arguments.rank,
+        update_gap=arguments.galore_gap,
+        scale=arguments.galore_scale,
+        projection=arguments.galore_projection,
+    )
+
+
 def run(arguments: Arguments) -> Result:
     """The whole run; see the module's docstring for the files it writes."""
     arguments.check()
@@ -231,7 +255,7 @@ def run(arguments: Arguments) -> Result:
     tuning = prepare(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     print(f"{len(train)} training, {len(val)} validation, {len(test)} test images")
-    print(tuning.text)
+    print(seg.summary(tuning, make_optimizer(arguments, tuning, arguments.lr)))
 
     evaluator = seg.Evaluator(tuning)
     before, cases_before = evaluate(arguments, tuning, evaluator, tuning.trainable, test)
@@ -276,8 +300,9 @@ def optimise(
     )
     val_batches = make_loader(val, batch_size=batch_size, box_jitter=0.0, **frame, **prompts)
     schedule = warmup_cosine(arguments.lr, steps, arguments.warmup)
-    optimizer = adamw(schedule, arguments.weight_decay)
-    step = make_step(partial(seg.batch_loss, tuning), optimizer, arguments.accumulate)
+    optimizer = make_optimizer(arguments, tuning, schedule)
+    gap = arguments.galore_gap if "galore" in arguments.method else None
+    step = make_step(partial(seg.batch_loss, tuning), optimizer, arguments.accumulate, gap)
     best: dict = {"dice": -1.0, "step": 0, "trainable": tuning.trainable}
 
     def validate(index: int, trainable: Params) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import DTypeLike
 
 from samjax.models.functional import bind, init_params
@@ -24,43 +25,38 @@ from samjax.models.ops import resize_bilinear, resize_bilinear_numpy
 from samjax.models.sam2 import single_mask
 from samjax.models.sam2_config import Sam2Config
 from samjax.models.weights import Config
+from samjax.peft.galore import galore
 from samjax.peft.lora import Adapter, LoraConfig, init_factors, merge
 from samjax.peft.paths import FREEZE, join, label_by_path, split_by_label, table
+from samjax.peft.presets import MASK_HEAD, RULES, WITH_FACTORS, by_label, label_for
+from samjax.training.loop import adamw
 from samjax.training.losses import segmentation_loss
 from samjax.training.metrics import ImageScore, score_image
 from samjax.trees import Params, flatten, unflatten
 
-TRAIN = "train"
-METHODS = ("lora", "decoder", "full")
+METHODS = tuple(RULES)
+FACTORS = "factors"  # the label of low-rank factors
 ARRAYS = ("image", "mask", "size", "coords", "labels")  # of a batch, what the loss reads
-MASK_HEAD = "mask_decoder/(mask_tokens|output_hypernetworks_mlps|iou_prediction_head)/.*"
-BUFFER = "prompt_encoder/pe_gaussian"  # fixed random features, a buffer upstream
-# What the loss of a binary mask does not reach: without a gradient, weight decay alone would act.
-UNREACHED = (
-    "prompt_encoder/mask_downscaling/.*"
-    "|mask_decoder/(iou_prediction_head|pred_obj_score_head|output_hypernetworks_mlps/[1-9])/.*"
-    "|(memory_|mask_downsample/|pointer_|no_memory_pos_|no_object_|occluded_).*"
-)
 
 
 @dataclass(frozen=True)
 class Tuning:
     """A model split into what a method trains and what it leaves alone.
 
-    trainable: ``{"params": …, "factors": …}``; frozen: the other parameters; labels: one per
-    parameter of the base; ``text`` is a table for a person.
+    trainable: ``{"params": …, "factors": …}``; labels: of a tree of the same form, which optimizer
+    each has; frozen: the other parameters.
     """
 
     config: Config
     method: str
     trainable: Params
+    labels: Params
     frozen: Params
     lora: LoraConfig | None = None
     num_classes: int = 1
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     dice_weight: float = 0.5
-    text: str = field(default="", compare=False)
 
     def bind(self, trainable: Params, frozen: Params, key: jax.Array | None = None) -> Any:
         """The module of the given trees; ``key`` switches LoRA's dropout on."""
@@ -115,30 +111,48 @@ def prepare(
     seed: int = 0,
     **options: Any,
 ) -> Tuning:
-    """Splits ``params`` for a method: ``lora``, ``decoder`` or ``full``.
+    """Splits ``params`` for a method of ``samjax.peft.presets``.
 
     A fresh mask head is trained outright under every method.  ``options`` go to ``Tuning``.
     """
-    head = [(MASK_HEAD, TRAIN)] if fresh_head else []
-    rules = {
-        "lora": [*head, (".*", FREEZE)],
-        "decoder": [*head, (UNREACHED, FREEZE), ("mask_decoder/.*", TRAIN), (".*", FREEZE)],
-        "full": [*head, (f"{BUFFER}|{UNREACHED}", FREEZE), (".*", TRAIN)],
-    }
-    if method not in rules:
-        raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    labels = label_by_path(params, rules[method])
-    chosen, frozen = split_by_label(params, labels, TRAIN)
-    trainable = {"params": chosen, "factors": {}}
-    text = table(params, labels)
-    if method == "lora":
-        trainable["factors"] = init_factors(params, lora, jax.random.key(seed))
-        sizes = [leaf.size for leaf in jax.tree.leaves(trainable["factors"])]
-        text += (
-            f"\n{'factors':<10}{len(sizes):>9}{sum(sizes):>14,}{'':>9}{sum(sizes) / 2**18:>10.2f}"
-        )
-    own_lora = lora if method == "lora" else None
-    return Tuning(config, method, trainable, frozen, own_lora, num_classes, text=text, **options)
+    labels = label_for(params, method, fresh_head=fresh_head)
+    frozen, chosen = split_by_label(params, labels, FREEZE)
+    _, chosen_labels = split_by_label(labels, labels, FREEZE)
+    factors, own_lora = {}, None
+    if method in WITH_FACTORS:
+        parts = ("image_encoder",) if "decoder" in method else lora.parts
+        own_lora = dataclasses.replace(lora, parts=parts)
+        factors = init_factors(params, own_lora, jax.random.key(seed))
+    trainable = {"params": chosen, "factors": factors}
+    labels = {"params": chosen_labels, "factors": jax.tree.map(lambda _: FACTORS, factors)}
+    return Tuning(config, method, trainable, labels, frozen, own_lora, num_classes, **options)
+
+
+def make_optimizer(
+    tuning: Tuning,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float,
+    clip: float | None = 1.0,
+    **galore_options: Any,
+) -> optax.GradientTransformation:
+    """AdamW, and GaLore where the method says so; gradients clipped to a global norm.
+
+    Only matrices decay.  ``galore_options``: see ``samjax.peft.galore.galore``.
+    """
+    plain = adamw(learning_rate, weight_decay, clip=None)
+    projected = galore(learning_rate, weight_decay=weight_decay, **galore_options)
+    optimizer = by_label(tuning.labels, adamw=plain, factors=plain, galore=projected)
+    return optimizer if clip is None else optax.chain(optax.clip_by_global_norm(clip), optimizer)
+
+
+def summary(tuning: Tuning, optimizer: optax.GradientTransformation) -> str:
+    """A table for a person: parameters, and MiB of weights, gradients and optimizer state."""
+    state: Any = jax.eval_shape(optimizer.init, tuning.trainable)
+    chain = state if isinstance(state, tuple) else (state,)
+    (partition,) = (part for part in (state, *chain) if hasattr(part, "inner_states"))
+    labels = {**tuning.labels, "frozen": jax.tree.map(lambda _: FREEZE, tuning.frozen)}
+    return table({**tuning.trainable, "frozen": tuning.frozen}, labels, partition.inner_states)
 
 
 def frame_logits(

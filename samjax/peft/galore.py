@@ -184,8 +184,8 @@ def scale_by_adam_of_transformers(
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros, nu=zeros)
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))  # for donation: two
+        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=mu, nu=nu)
 
     def update(updates, state, params=None):
         del params

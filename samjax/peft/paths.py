@@ -7,7 +7,7 @@ one: a path that no rule covers, and a rule that covers no path, are errors.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,8 +80,13 @@ def join(first: dict, second: dict) -> dict:
     return joined
 
 
-def table(params: Any, labels: Any) -> str:
-    """Parameters and bytes per label, as text for a person."""
+def table(params: Any, labels: Any, states: Mapping[str, Any] | None = None) -> str:
+    """Parameters per label, and MiB of weights, gradients and optimizer state, for a person.
+
+    ``states`` are the optimizer's states by label (``optax.partition``'s ``inner_states``), arrays
+    or shapes; what is frozen has neither state nor gradient.  Gradients are counted as if all were
+    there at once, which a compiled step may avoid.
+    """
     counts: dict[str, list[int]] = {}
     for leaf, label in zip(jax.tree.leaves(params), jax.tree.leaves(labels), strict=True):
         entry = counts.setdefault(label, [0, 0, 0])
@@ -89,8 +94,14 @@ def table(params: Any, labels: Any) -> str:
         entry[1] += leaf.size
         entry[2] += leaf.size * leaf.dtype.itemsize
     total = sum(entry[1] for entry in counts.values())
-    lines = [f"{'label':<10}{'tensors':>9}{'parameters':>14}{'share':>9}{'MiB':>10}"]
+    columns = (("tensors", 9), ("parameters", 14), ("share", 9))
+    sizes = (("weights MiB", 13), ("gradients MiB", 15), ("state MiB", 11))
+    lines = [f"{'label':<10}" + "".join(f"{name:>{width}}" for name, width in columns + sizes)]
     for label, (tensors, size, nbytes) in sorted(counts.items()):
-        share = f"{size / total:.2%}"
-        lines.append(f"{label:<10}{tensors:>9}{size:>14,}{share:>9}{nbytes / 2**20:>10.2f}")
+        leaves = jax.tree.leaves((states or {}).get(label, ()))
+        state = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        values = nbytes, 0 if label == FREEZE else nbytes, state
+        parts = [f"{tensors:>9}{size:>14,}{size / total:>9.2%}"]
+        parts += [f"{v / 2**20:>{w}.2f}" for v, (_, w) in zip(values, sizes, strict=True)]
+        lines.append(f"{label:<10}" + "".join(parts))
     return "\n".join(lines)

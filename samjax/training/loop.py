@@ -7,6 +7,7 @@ value per example, so that k accumulated micro-batches equal one big batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ def warmup_cosine(peak: float, steps: int, warmup: int) -> optax.Schedule:
 
 
 def adamw(
-    schedule: optax.Schedule, weight_decay: float, clip: float | None = 1.0
+    schedule: optax.ScalarOrSchedule, weight_decay: float, clip: float | None = 1.0
 ) -> optax.GradientTransformation:
     """AdamW (β 0.9, 0.999), gradients clipped to a global norm; only matrices decay."""
 
@@ -61,18 +62,28 @@ def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, accumulate: int = 1) -> Step:
+def make_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
+    refresh_gap: int | None = None,
+) -> Step:
     """A jitted ``step(state, frozen, batch, key) -> (state, {"loss", "gradient_norm"})``.
 
     The leading axis of every array in ``batch`` is split into ``accumulate`` micro-batches, whose
     gradients are averaged before the one optimizer step; schedules advance once.  ``key`` is the
     run's key, the same at every step: the step number is folded in.  ``state`` is donated.
+
+    With ``refresh_gap``, GaLore's, there are two programs, with and without a refresh of the bases,
+    and the host takes the first every so many steps: a program that decides holds all gradients.
     """
+
+    update = optax.with_extra_args_support(optimizer).update
 
     def mean_loss(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> jax.Array:
         return loss(trainable, frozen, batch, key).mean()
 
-    def step(state: TrainState, frozen: Any, batch: Batch, key: jax.Array):
+    def step(state: TrainState, frozen: Any, batch: Batch, key: jax.Array, **extra: bool):
         keys = jax.random.split(jax.random.fold_in(key, state.step), accumulate)
         value_and_grad = jax.value_and_grad(mean_loss)
         if accumulate == 1:
@@ -90,12 +101,22 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, accumulate: i
             zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
             total, _ = jax.lax.scan(add, zero, (micro, keys))
             value, grads = jax.tree.map(lambda x: x / accumulate, total)
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
+        updates, opt_state = update(grads, state.optimizer, state.trainable, **extra)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": value, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if refresh_gap is None:
+        return jax.jit(step, donate_argnums=0)
+    plain, refreshing = (
+        jax.jit(partial(step, refresh=refresh), donate_argnums=0) for refresh in (False, True)
+    )
+
+    def choose(state: TrainState, *arguments: Any):
+        due = int(state.step) % refresh_gap == 0
+        return (refreshing if due else plain)(state, *arguments)
+
+    return choose
 
 
 def fit(

@@ -183,6 +183,9 @@ def test_hosts_share_the_batches_of_one(num_epochs, process_count):
 
 
 @pytest.mark.slow
+# Python 3.12 warns where the garbage collector happens to free a worker's shared memory while the
+# tracker of such memory is at work.
+@pytest.mark.filterwarnings("ignore:ResourceTracker called reentrantly:UserWarning")
 def test_worker_processes_change_nothing_and_report_errors(tmp_path):
     folder = picture_folder(tmp_path, 5)
     expected = batches_of(folder, **RANDOM)

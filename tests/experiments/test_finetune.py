@@ -37,7 +37,7 @@ def history(out) -> list[dict]:
     return json.loads((out / "metrics.json").read_text())["history"]
 
 
-@pytest.mark.parametrize("method", ["lora", "decoder", "full"])
+@pytest.mark.parametrize("method", ["lora", "decoder", "full", "galore+decoder"])
 def test_a_run_leaves_all_its_results(phantom_folder, tiny_checkpoint, tmp_path, method, capsys):
     pytest.importorskip("torch")
     out = tmp_path / method

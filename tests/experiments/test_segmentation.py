@@ -14,6 +14,7 @@ import tiny_models
 from experiments import segmentation as seg
 from samjax.models.functional import bind, init_params
 from samjax.peft.lora import LoraConfig
+from samjax.peft.presets import BUFFER
 from samjax.training.loop import init_state, make_step
 from samjax.trees import flatten
 
@@ -52,7 +53,9 @@ def prepared(config, method, **options):
 def test_only_what_the_method_names_changes(tiny_config, batch, method):
     base = {path: np.array(leaf) for path, leaf in flatten(init_params(tiny_config, 0)).items()}
     tuning = prepared(tiny_config, method)
-    trained, losses = tune(tuning, batch)
+    optimizer = seg.make_optimizer(tuning, 3e-3, weight_decay=0.0, rank=2)
+    assert "freeze" in seg.summary(tuning, optimizer)
+    trained, losses = tune(tuning, batch, optimizer=optimizer)
     after = flatten(tuning.merged(trained))
     changed = {path for path in base if not np.array_equal(base[path], after[path])}
     frozen = flatten(tuning.frozen)
@@ -66,8 +69,14 @@ def test_only_what_the_method_names_changes(tiny_config, batch, method):
     elif method == "decoder":
         assert changed
         assert all(path.startswith("mask_decoder/") for path in changed)
-    else:
-        assert "image_encoder/pos_embed" not in frozen
+    elif method in ("full", "galore"):
+        assert "image_encoder/pos_embed" in changed
+    else:  # those with the decoder: of the encoder, its blocks and nothing else
+        encoder = {path for path in changed if path.startswith("image_encoder/")}
+        assert all("/blocks/" in path for path in encoder)
+        assert all("/attn/qkv/" in path for path in encoder) == (method == "lora+decoder")
+        assert any(path.startswith("mask_decoder/output_upscaling") for path in changed)
+        assert "prompt_encoder/no_mask_embed/embedding" in changed
 
 
 @pytest.mark.parametrize("family", ["sam", "sam2"])
@@ -94,7 +103,7 @@ def test_what_the_loss_does_not_reach_is_not_trained(tiny_config, family):
     gradients = flatten(jax.jit(jax.grad(loss))(params, batch))
     without = {path for path, leaf in gradients.items() if not np.abs(leaf).any()}
     frozen = set(flatten(tuning.frozen))
-    assert frozen - without == {seg.BUFFER}
+    assert frozen - without == {BUFFER}
     assert without - frozen == set()
 
 
@@ -163,7 +172,9 @@ def test_a_fresh_head_has_k_plus_one_tokens_and_is_trained(tiny_config):
 
 
 def test_unknown_method_is_named(tiny_config):
-    with pytest.raises(ValueError, match="'adapter'; expected one of lora, decoder, full"):
+    with pytest.raises(
+        ValueError, match=r"'adapter'; expected one of lora, lora\+decoder, decoder"
+    ):
         prepared(tiny_config, "adapter")
 
 

@@ -113,12 +113,13 @@ def test_join_refuses_what_both_hold():
 def test_table_counts_parameters_and_bytes():
     labels = label_by_path(PARAMS, [("decoder/.*", "train"), (".*", FREEZE)])
     lines = table(PARAMS, labels).splitlines()
-    assert lines[0].split() == ["label", "tensors", "parameters", "share", "MiB"]
-    assert lines[1].split() == ["freeze", "4", "36", "75.00%", "0.00"]
-    assert lines[2].split() == ["train", "1", "12", "25.00%", "0.00"]
+    assert "weights MiB  gradients MiB  state MiB" in lines[0]
+    assert lines[1].split() == ["freeze", "4", "36", "75.00%", "0.00", "0.00", "0.00"]
+    assert lines[2].split() == ["train", "1", "12", "25.00%", "0.00", "0.00", "0.00"]
     assert len(lines) == 3
 
     big = {"a": np.zeros((1024, 1024), np.float32), "b": np.zeros((1024, 1024), np.float16)}
-    first, second = table(big, {"a": "x", "b": "y"}).splitlines()[1:]
-    assert first.split() == ["x", "1", "1,048,576", "50.00%", "4.00"]
-    assert second.split() == ["y", "1", "1,048,576", "50.00%", "2.00"]
+    states = {"y": {"moment": np.zeros((512, 1024), np.float32), "none": ()}}
+    first, second = table(big, {"a": FREEZE, "b": "y"}, states).splitlines()[1:]
+    assert first.split() == ["freeze", "1", "1,048,576", "50.00%", "4.00", "0.00", "0.00"]
+    assert second.split() == ["y", "1", "1,048,576", "50.00%", "2.00", "2.00", "2.00"]

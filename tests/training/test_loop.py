@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from samjax.peft.galore import galore
 from samjax.training.loop import (
     TrainingError,
     adamw,
@@ -50,6 +51,20 @@ def test_micro_batches_equal_one_big_batch(problem, accumulate):
         np.testing.assert_allclose(metrics_a["loss"], metrics_b["loss"], rtol=1e-6)
     np.testing.assert_allclose(a.trainable["w"], b.trainable["w"], atol=1e-6)
     assert int(a.step) == int(b.step) == 5, "a schedule advances once per step, not per micro-batch"
+
+
+def test_refreshes_decided_on_the_host_are_those_of_the_count(problem):
+    trainable, frozen, batch = problem
+    optimizer = galore(0.05, 1, update_gap=3)
+    inside, outside = make_step(squares, optimizer), make_step(squares, optimizer, refresh_gap=3)
+    a, b = init_state(trainable, optimizer), init_state(trainable, optimizer)
+    bases = []
+    for _ in range(7):
+        a, _ = inside(a, frozen, batch, KEY)
+        b, _ = outside(b, frozen, batch, KEY)
+        np.testing.assert_allclose(a.trainable["w"], b.trainable["w"], atol=1e-6)
+        bases.append(b.optimizer[0].bases["w"]["out"].tolist())
+    assert [one != other for one, other in itertools.pairwise(bases)] == [0, 0, 1, 0, 0, 1]
 
 
 def test_the_callers_arrays_survive_donation(problem):
