@@ -21,7 +21,7 @@ endif
 # What the tests compare with. The second list is installed without dependencies, which would bring
 # CUDA, and built beside the PyTorch that is there: what they need is in the first list or there.
 REFERENCE_NEEDS := peft hydra-core iopath setuptools
-REFERENCE := torchvision segment-anything sam2 monai medpy galore-torch
+REFERENCE := torchvision segment-anything sam2 monai medpy galore-torch loralib
 # Bytecode is compiled when a module is first used, which is sooner done than for all of them.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
 	-c constraints.txt

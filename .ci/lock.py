@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # against these releases of the packages that they compare with.
 FIXED = {
     "galore-torch": "1.0",
+    "loralib": "0.1.2",
     "medpy": "0.5.2",
     "monai": "1.6.1",
     "sam2": "1.1.0",

@@ -31,9 +31,10 @@ from samjax.models.functional import bind, init_params
 from samjax.models.ops import resize_bilinear
 from samjax.models.sam import SamConfig, vit_xs
 from samjax.training.log import RunLog, write_json
-from samjax.training.loop import adamw, fit, init_state, make_step, warmup_cosine
+from samjax.training.loop import adamw, fit, init_state, make_step
 from samjax.training.losses import segmentation_loss
 from samjax.training.metrics import score_image, summarise
+from samjax.training.schedules import warmup_cosine
 from samjax.trees import Params
 
 HELD_OUT = "angiogram"  # the look that the base never sees

@@ -83,6 +83,7 @@ def run(arguments: Arguments) -> Result:
             batch_size=arguments.batch_size,
             lr=arguments.lr,
             validate_every=max(arguments.steps // 4, 1),
+            checkpoint_every=0,
             progress=arguments.progress,
             out=out,
         )

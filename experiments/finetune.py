@@ -14,6 +14,7 @@ TensorBoard events.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 import time
@@ -24,35 +25,33 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import tyro
 
 from experiments import segmentation as seg
-from experiments.results import (
-    MOST_SHOWN,
-    Result,
-    Shown,
-    print_scores,
-    write_figures,
-    write_metrics,
-    write_models,
+from experiments.options import TrainingOptions, is_first_process
+from experiments.results import Result, print_scores, write_figures, write_metrics, write_models
+from experiments.training import (
+    Preempted,
+    base_fingerprint,
+    evaluate,
+    make_optimizer,
+    optimise,
 )
-from samjax.data import Augment, FolderDataset, SegmentationDataset, make_loader, split
+from samjax.data import FolderDataset, SegmentationDataset, split
 from samjax.models.functional import init_params
 from samjax.models.sam import VARIANTS
 from samjax.models.weights import Config, resize_params
-from samjax.peft.adapter_files import write_adapter
-from samjax.peft.galore import Projection
 from samjax.peft.lora import LoraConfig
 from samjax.training.log import RunLog
-from samjax.training.loop import TrainingError, fit, init_state, make_step, warmup_cosine
-from samjax.training.metrics import ImageScore, mean_over_classes, summarise
+from samjax.training.loop import TrainingError
+from samjax.training.sharding import to_host
 from samjax.trees import Params
+
+SIGTERM_EXIT = 128 + 15  # as of a process that SIGTERM ended: clusters then start it again
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(TrainingOptions):
     """Fine-tune SAM or SAM 2 on a folder of images and a folder of masks."""
 
     images: Path
@@ -88,12 +87,6 @@ class Arguments:
     an optimizer that keeps its moments in few dimensions."""
     rank: int = 4
     """LoRA: rank of the factors. GaLore: dimensions of the projected gradients."""
-    galore_gap: int = 200
-    """GaLore: steps between two refreshes of the bases."""
-    galore_scale: float = 0.25
-    """GaLore: factor of its steps."""
-    galore_projection: Projection = "std"
-    """GaLore: which side of a matrix is made short."""
     alpha: float | None = None
     """LoRA: scale is alpha / rank; by default 1."""
     dropout: float = 0.0
@@ -110,42 +103,12 @@ class Arguments:
     augment: Literal["none", "light", "strong"] = "light"
     """Augmentation of image and mask together."""
 
-    epochs: int = 50
-    """Passes over the training images."""
-    steps: int | None = None
-    """Optimizer steps, instead of epochs."""
-    batch_size: int = 4
-    """Images per optimizer step."""
-    accumulate: int = 1
-    """Micro-batches per step: memory for batch_size / accumulate images is enough."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW, reached after the warmup, then a cosine to zero."""
-    warmup: int = 20
-    """Warmup steps."""
-    weight_decay: float = 0.01
-    """AdamW's decoupled weight decay, on matrices."""
-    dice_weight: float = 0.5
-    """Share of Dice in the loss; the rest is cross-entropy."""
-    validate_every: int | None = None
-    """Steps between validations; by default one epoch, or 20 times a run if that is rarer."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; parameters stay float32."""
-    remat: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-    seed: int = 0
-    """Seed of everything random."""
-    workers: int = 0
-    """Worker processes that load data; 0: threads."""
-    progress: bool = True
-    """Show the progress bar."""
     torch_export: bool = True
     """Write the merged model for Meta's code too (needs PyTorch: samjax[convert])."""
-    out: Path = Path("runs/finetune")
-    """Folder of the results."""
 
     def check(self) -> None:
         """Raises ``ValueError`` for settings that contradict each other."""
+        super().check()
         for images, masks, name in (
             (self.val_images, self.val_masks, "val"),
             (self.test_images, self.test_masks, "test"),
@@ -157,10 +120,6 @@ class Arguments:
         if self.ckpt is None and self.variant not in VARIANTS:
             known = ", ".join(VARIANTS)
             raise ValueError(f"--variant {self.variant} from scratch: expected one of {known}")
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"--batch-size {self.batch_size} is no multiple of --accumulate {self.accumulate}"
-            )
         if self.ckpt is None and self.method != "full":
             raise ValueError(f"--method {self.method} needs --ckpt: there is nothing to adapt")
 
@@ -221,25 +180,11 @@ def prepare(arguments: Arguments) -> seg.Tuning:
         ),
         num_classes=num_classes,
         fresh_head=fresh_head,
+        prompts=arguments.prompt,
         seed=arguments.seed,
         dtype=jnp.dtype(arguments.dtype),
         remat=arguments.remat,
         dice_weight=arguments.dice_weight,
-    )
-
-
-def make_optimizer(
-    arguments: Arguments, tuning: seg.Tuning, learning_rate: optax.ScalarOrSchedule
-) -> optax.GradientTransformation:
-    """The optimizer of the settings."""
-    return seg.make_optimizer(
-        tuning,
-        learning_rate,
-        weight_decay=arguments.weight_decay,
-        rank=arguments.rank,
-        update_gap=arguments.galore_gap,
-        scale=arguments.galore_scale,
-        projection=arguments.galore_projection,
     )
 
 
@@ -251,132 +196,61 @@ def run(arguments: Arguments) -> Result:
             "Meta's format needs PyTorch: install samjax[convert] or --no-torch-export"
         )
     started = time.perf_counter()
+    mesh = arguments.mesh.start()
     train, val, test = load_data(arguments)
     tuning = prepare(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(train)} training, {len(val)} validation, {len(test)} test images")
-    print(seg.summary(tuning, make_optimizer(arguments, tuning, arguments.lr)))
+    base = base_fingerprint(tuning)
+    tuning = seg.on_mesh(tuning, mesh)
+    first = is_first_process()
+    if first:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        print(f"{len(train)} training, {len(val)} validation, {len(test)} test images")
+        optimizer = make_optimizer(arguments, tuning, arguments.rank, arguments.lr)
+        print(seg.summary(tuning, optimizer))
 
     evaluator = seg.Evaluator(tuning)
-    before, cases_before = evaluate(arguments, tuning, evaluator, tuning.trainable, test)
-    with RunLog(arguments.out) as log:
-        best, best_step = optimise(arguments, tuning, evaluator, train, val, log)
-    after, cases_after = evaluate(arguments, tuning, evaluator, best, test)
+    score = partial(evaluate, arguments, tuning, evaluator)
+    modes, points = arguments.prompt, arguments.num_points
+    before, cases_before = score(tuning.trainable, test, modes, points)
+    with RunLog(arguments.out, write=first) as log:
+        best, best_step = optimise(
+            arguments,
+            tuning,
+            evaluator,
+            train,
+            val,
+            log,
+            rank=arguments.rank,
+            base=base,
+            augment=arguments.augment,
+            prompts={"prompt_modes": modes, "num_points": points},
+        )
+    after, cases_after = score(seg.placed_like(best, tuning), test, modes, points)
     seconds = time.perf_counter() - started
-    exported = write_models(arguments.out, tuning, best, arguments.torch_export)
+    host = dataclasses.replace(tuning, frozen=to_host(tuning.frozen))
+    exported = None
+    if first:
+        exported = write_models(arguments.out, host, best, arguments.torch_export)
     result = Result(before, after, best_step, seconds, exported, log.history)
-    write_metrics(arguments.out, arguments, result)
-    write_figures(arguments.out, arguments.prompt[0], result, cases_before, cases_after)
+    if first:
+        write_metrics(arguments.out, arguments, result)
+        write_figures(arguments.out, modes[0], result, cases_before, cases_after)
     return result
 
 
-def optimise(
-    arguments: Arguments,
-    tuning: seg.Tuning,
-    evaluator: seg.Evaluator,
-    train: SegmentationDataset,
-    val: SegmentationDataset,
-    log: RunLog,
-) -> tuple[Params, int]:
-    """Trains, and keeps (on disk as well) what validates best; returns it and its step."""
-    batch_size = min(arguments.batch_size, len(train))
-    if batch_size % arguments.accumulate:
-        raise ValueError(f"{batch_size} training images do not split into --accumulate parts")
-    per_epoch = max(len(train) // batch_size, 1)
-    steps = arguments.steps or arguments.epochs * per_epoch
-    every = arguments.validate_every or max(per_epoch, -(-steps // 20))
-    frame = {"frame_size": tuning.config.image_size, "fit": tuning.config.fit}
-    prompts = {"prompt_modes": arguments.prompt, "num_points": arguments.num_points}
-    batches = make_loader(
-        train,
-        batch_size=batch_size,
-        seed=arguments.seed,
-        shuffle=True,
-        augment=Augment.preset(arguments.augment),
-        num_epochs=None,
-        workers=arguments.workers,
-        **frame,
-        **prompts,
-    )
-    val_batches = make_loader(val, batch_size=batch_size, box_jitter=0.0, **frame, **prompts)
-    schedule = warmup_cosine(arguments.lr, steps, arguments.warmup)
-    optimizer = make_optimizer(arguments, tuning, schedule)
-    gap = arguments.galore_gap if "galore" in arguments.method else None
-    step = make_step(partial(seg.batch_loss, tuning), optimizer, arguments.accumulate, gap)
-    best: dict = {"dice": -1.0, "step": 0, "trainable": tuning.trainable}
-
-    def validate(index: int, trainable: Params) -> str:
-        scores = evaluator.frame_scores(trainable, val_batches)
-        dice, iou = (mean_over_classes(summarise(values)) for values in zip(*scores, strict=True))
-        if not np.isfinite(dice):
-            raise TrainingError("no validation image holds any foreground: Dice is undefined")
-        log.add(index, {"val_dice": dice, "val_iou": iou})
-        if dice > best["dice"]:
-            best.update(dice=dice, step=index, trainable=jax.tree.map(np.array, trainable))
-            adapter = tuning.adapter(best["trainable"])
-            write_adapter(arguments.out / "adapter.safetensors", adapter, {"step": str(index)})
-        return f"val Dice {dice:.4f} (best {best['dice']:.4f})"
-
-    def record(index: int, metrics: dict[str, float]) -> None:
-        log.add(index, {**metrics, "learning_rate": float(schedule(index - 1))})
-
-    def describe(batch: dict) -> str:
-        return ", ".join(train[int(i)]["name"] for i in batch["index"])
-
-    fit(
-        init_state(tuning.trainable, optimizer),
-        tuning.frozen,
-        step,
-        batches,
-        steps=steps,
-        key=jax.random.key(arguments.seed),
-        arrays=seg.ARRAYS,
-        on_step=record,
-        validate_every=every,
-        validate=validate,
-        describe=describe,
-        progress=arguments.progress,
-    )
-    return best["trainable"], best["step"]
-
-
-def evaluate(
-    arguments: Arguments,
-    tuning: seg.Tuning,
-    evaluator: seg.Evaluator,
-    trainable: Params,
-    dataset: SegmentationDataset,
-) -> tuple[dict[str, list[ImageScore]], Shown]:
-    """Scores at original resolution for each prompt mode, and (example, prediction) pairs of the
-    first images, by mode, for the overlays."""
-    scores, shown = {}, {}
-    for mode in arguments.prompt:
-        batches = make_loader(
-            dataset,
-            frame_size=tuning.config.image_size,
-            fit=tuning.config.fit,
-            batch_size=min(arguments.batch_size, len(dataset)),
-            prompt_modes=mode,
-            num_points=arguments.num_points,
-            box_jitter=0.0,
-        )
-        scores[mode], shown[mode] = [], []
-        for index, labels in evaluator.original_predictions(trainable, batches):
-            example = dataset[index]
-            scores[mode].append(seg.score_image(labels, example["mask"], tuning.num_classes))
-            if len(shown[mode]) < MOST_SHOWN:
-                shown[mode].append((example, labels))
-    return scores, shown
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command; exit code 1 and one clear message on bad input."""
+    """The command; exit code 1 and one clear message on bad input, 143 after SIGTERM."""
     try:
         arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.finetune")
         result = run(arguments)
     except (ValueError, OSError, ImportError, TrainingError) as error:
         print(f"experiments.finetune: error: {error}", file=sys.stderr)
         return 1
+    except Preempted as error:
+        print(f"experiments.finetune: {error}; continue with --resume", file=sys.stderr)
+        return SIGTERM_EXIT
+    if not is_first_process():
+        return 0
     print_scores(result)
     print(f"{result.seconds:.0f} s; best step {result.best_step}; results in {arguments.out}")
     return 0

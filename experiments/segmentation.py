@@ -8,30 +8,34 @@ channel c is class c and channel 0 the background.  SAM 2 is tuned on single ima
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from samjax.models.functional import bind, init_params
 from samjax.models.mask_decoder import MaskPrediction
 from samjax.models.ops import resize_bilinear, resize_bilinear_numpy
-from samjax.models.sam2 import single_mask
+from samjax.models.sam2 import ImageFeatures, single_mask
 from samjax.models.sam2_config import Sam2Config
 from samjax.models.weights import Config
-from samjax.peft.galore import galore
+from samjax.peft.eight_bit import eight_bit
+from samjax.peft.galore import galore, scale_by_adam_of_transformers
 from samjax.peft.lora import Adapter, LoraConfig, init_factors, merge
-from samjax.peft.paths import FREEZE, join, label_by_path, split_by_label, table
+from samjax.peft.paths import FREEZE, in_order, join, label_by_path, split_by_label, table
 from samjax.peft.presets import MASK_HEAD, RULES, WITH_FACTORS, by_label, label_for
+from samjax.training.clipping import clip_each
 from samjax.training.loop import adamw
 from samjax.training.losses import segmentation_loss
 from samjax.training.metrics import ImageScore, score_image
+from samjax.training.sharding import BATCH, param_shardings, place
 from samjax.trees import Params, flatten, unflatten
 
 METHODS = tuple(RULES)
@@ -57,6 +61,7 @@ class Tuning:
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     dice_weight: float = 0.5
+    mesh: Mesh | None = None
 
     def bind(self, trainable: Params, frozen: Params, key: jax.Array | None = None) -> Any:
         """The module of the given trees; ``key`` switches LoRA's dropout on."""
@@ -93,7 +98,8 @@ def with_classes(
     """
     config = dataclasses.replace(config, num_multimask=num_classes)
     fresh = flatten(init_params(config, seed))
-    labels = flatten(label_by_path(unflatten(fresh), [(MASK_HEAD, "fresh"), (".*", "keep")]))
+    rules = in_order([(MASK_HEAD, "fresh"), (".*", "keep")])
+    labels = flatten(label_by_path(unflatten(fresh), rules))
     old = flatten(params)
     return config, unflatten(
         {path: leaf if labels[path] == "fresh" else old[path] for path, leaf in fresh.items()}
@@ -108,14 +114,15 @@ def prepare(
     lora: LoraConfig,
     num_classes: int = 1,
     fresh_head: bool = False,
+    prompts: Sequence[str] = ("points", "negatives", "box"),
     seed: int = 0,
     **options: Any,
 ) -> Tuning:
-    """Splits ``params`` for a method of ``samjax.peft.presets``.
+    """Splits ``params`` for a method of ``samjax.peft.presets``; see ``label_for`` there.
 
-    A fresh mask head is trained outright under every method.  ``options`` go to ``Tuning``.
+    ``options`` go to ``Tuning``.
     """
-    labels = label_for(params, method, fresh_head=fresh_head)
+    labels = label_for(params, method, fresh_head=fresh_head, prompts=prompts)
     frozen, chosen = split_by_label(params, labels, FREEZE)
     _, chosen_labels = split_by_label(labels, labels, FREEZE)
     factors, own_lora = {}, None
@@ -128,22 +135,41 @@ def prepare(
     return Tuning(config, method, trainable, labels, frozen, own_lora, num_classes, **options)
 
 
+def on_mesh(tuning: Tuning, mesh: Mesh) -> Tuning:
+    """The same with its arrays laid out over the mesh, by ``sharding.RULES``."""
+    joint = {**tuning.trainable, "frozen": tuning.frozen}
+    placed = place(joint, param_shardings(joint, mesh))
+    frozen = placed.pop("frozen")
+    return dataclasses.replace(tuning, trainable=placed, frozen=frozen, mesh=mesh)
+
+
+def placed_like(trainable: Params, tuning: Tuning) -> Params:
+    """``trainable``, from the host, laid out as the tuning's own."""
+    return place(trainable, jax.tree.map(lambda leaf: leaf.sharding, tuning.trainable))
+
+
 def make_optimizer(
     tuning: Tuning,
     learning_rate: optax.ScalarOrSchedule,
     *,
     weight_decay: float,
-    clip: float | None = 1.0,
+    clip: Literal["global", "each", "none"] = "global",
+    moments: Literal["float32", "8bit"] = "float32",
+    rank: int = 4,
     **galore_options: Any,
 ) -> optax.GradientTransformation:
-    """AdamW, and GaLore where the method says so; gradients clipped to a global norm.
+    """AdamW, and GaLore where the method says so; gradients are clipped to norm 1 before.
 
-    Only matrices decay.  ``galore_options``: see ``samjax.peft.galore.galore``.
+    Only matrices decay.  ``rank`` and ``galore_options``: see ``samjax.peft.galore.galore``.
     """
     plain = adamw(learning_rate, weight_decay, clip=None)
-    projected = galore(learning_rate, weight_decay=weight_decay, **galore_options)
+    if moments == "8bit":
+        plain = eight_bit(plain)
+        galore_options["inner"] = eight_bit(scale_by_adam_of_transformers())
+    projected = galore(learning_rate, rank, weight_decay=weight_decay, **galore_options)
     optimizer = by_label(tuning.labels, adamw=plain, factors=plain, galore=projected)
-    return optimizer if clip is None else optax.chain(optax.clip_by_global_norm(clip), optimizer)
+    clips = {"global": optax.clip_by_global_norm(1.0), "each": clip_each(1.0)}
+    return optimizer if clip == "none" else optax.chain(clips[clip], optimizer)
 
 
 def summary(tuning: Tuning, optimizer: optax.GradientTransformation) -> str:
@@ -182,12 +208,41 @@ def valid_pixels(config: Config, sizes: jax.Array) -> jax.Array:
 def batch_loss(
     tuning: Tuning, trainable: Params, frozen: Params, batch: dict, key: jax.Array
 ) -> jax.Array:
-    """Dice + CE of each example, ``(b,)``, on logits in the model frame."""
+    """Dice + CE of each example, ``(b,)``, on logits in the model frame.
+
+    A batch may hold ``features``, ``encode_image``'s output, instead of images.
+    """
     module = tuning.bind(trainable, frozen, key)
-    prediction = module(batch["image"], batch["size"], batch["coords"], batch["labels"])
+    features = batch["features"] if "features" in batch else encode(module, batch)
+    if isinstance(tuning.config, Sam2Config) and not isinstance(features, ImageFeatures):
+        features = module.project(features)
+    prediction = module.answer(features, batch["coords"], batch["labels"])
     logits = frame_logits(tuning.config, prediction, tuning.num_classes, train=True)
     valid = valid_pixels(tuning.config, batch["size"])
     return segmentation_loss(logits, batch["mask"], valid, dice_weight=tuning.dice_weight)
+
+
+def encode(module: Any, batch: dict) -> Any:
+    """The image encoder's output, with leading axis b in every array."""
+    return module.encode_image(batch["image"], batch["size"])
+
+
+def encode_frozen(tuning: Tuning, frozen: Params, batch: dict) -> Any:
+    """What of a batch's images does not change while ``tuning`` is trained, for a cache.
+
+    Raises ``ValueError`` if the image encoder itself is trained.
+    """
+    trained = [path for path in flatten(tuning.trainable) if "/image_encoder/" in f"/{path}"]
+    if trained:
+        raise ValueError(
+            f"--cache-embeddings: --method {tuning.method} trains the image encoder "
+            f"({trained[0]} and {len(trained) - 1} more); expected decoder, or lora with --parts "
+            "mask_decoder"
+        )
+    module = tuning.bind(tuning.trainable, frozen)
+    if isinstance(tuning.config, Sam2Config) and "mask_decoder" in tuning.trainable["params"]:
+        return tuple(module.encode_levels(batch["image"]))  # the decoder projects, and is trained
+    return encode(module, batch)
 
 
 class Evaluator:
@@ -195,7 +250,11 @@ class Evaluator:
 
     def __init__(self, tuning: Tuning):
         self._tuning = tuning
-        self._logits = jax.jit(partial(_predict_logits, tuning))
+        mesh = tuning.mesh
+        # Logits are whole everywhere: each process then scores every image.
+        whole = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
+        self._rows = None if mesh is None else NamedSharding(mesh, BATCH)
+        self._logits = jax.jit(partial(_predict_logits, tuning), **whole)
 
     def frame_scores(self, trainable: Params, batches: Iterable[dict]) -> list[ImageScore]:
         """Dice and IoU in the model frame: quick, for validation while training."""
@@ -226,6 +285,8 @@ class Evaluator:
 
     def _predict(self, trainable: Params, batch: dict) -> jax.Array:
         arrays = {name: batch[name] for name in ARRAYS if name != "mask"}
+        if self._rows is not None:
+            arrays = place(arrays, dict.fromkeys(arrays, self._rows))
         return self._logits(trainable, self._tuning.frozen, arrays)
 
 

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "samjax.models": {"samjax.trees"},
     "samjax.peft": {"samjax.trees"},
     "samjax.data": {"samjax.frame"},  # not the trees, which bring jax
-    "samjax.training": {"samjax.trees"},
+    "samjax.training": {"samjax.peft", "samjax.trees"},  # its labels say where arrays lie
     "samjax.predictor": {"samjax.frame", "samjax.models", "samjax.trees"},
     "samjax.video": {
         *("samjax.data", "samjax.frame", "samjax.models", "samjax.predictor", "samjax.trees"),

@@ -130,4 +130,13 @@ class Sam(nnx.Module):
         labels: Int[Array, "b p"],
     ) -> MaskPrediction:
         """The whole model on a batch: image i with prompt i."""
-        return self.decode(self.encode_image(images, sizes), self.encode_prompt(coords, labels))
+        return self.answer(self.encode_image(images, sizes), coords, labels)
+
+    def answer(
+        self,
+        features: Float[Array, "b gh gw c"],
+        coords: Float[Array, "b p 2"],
+        labels: Int[Array, "b p"],
+    ) -> MaskPrediction:
+        """What ``__call__`` makes of ``encode_image``'s output."""
+        return self.decode(features, self.encode_prompt(coords, labels))

@@ -43,6 +43,9 @@ MASK_SCALE, MASK_BIAS = 20.0, -10.0  # probabilities and given masks in the memo
 STABILITY_DELTA, STABILITY_THRESHOLD = 0.05, 0.98  # when a single mask is taken for stable
 
 
+Levels = list[Float[Array, "b _ _ c"]]
+
+
 class ImageFeatures(NamedTuple):
     """embedding: stride 16, without any memory; high_res: stride 4 and 8, as the decoder adds."""
 
@@ -134,7 +137,17 @@ class Sam2(nnx.Module):
         self, images: Num[Array, "b h w 3"], sizes: Int[Array, "b 2"] | None = None
     ) -> ImageFeatures:
         """Images of 0..255 RGB in the model frame; ``sizes``: their unpadded (height, width)."""
-        fine, middle, coarse = self.image_encoder(normalise_pixels(self.config, images, sizes))
+        return self.project(self.encode_levels(images, sizes))
+
+    def encode_levels(
+        self, images: Num[Array, "b h w 3"], sizes: Int[Array, "b 2"] | None = None
+    ) -> Levels:
+        """What no layer of the mask decoder has touched: strides 4, 8 and 16."""
+        return self.image_encoder(normalise_pixels(self.config, images, sizes))
+
+    def project(self, levels: Levels) -> ImageFeatures:
+        """The mask decoder's features of ``encode_levels``' output."""
+        fine, middle, coarse = levels
         decoder = self.mask_decoder
         return ImageFeatures(coarse, (decoder.conv_s0(fine), decoder.conv_s1(middle)))
 
@@ -173,8 +186,16 @@ class Sam2(nnx.Module):
 
         Prompts may be SAM's, whose boxes come without upstream's padding point: it is added.
         """
+        return self.answer(self.encode_image(images, sizes), coords, labels)
+
+    def answer(
+        self,
+        features: ImageFeatures,
+        coords: Float[Array, "b p 2"],
+        labels: Int[Array, "b p"],
+    ) -> MaskPrediction:
+        """What ``__call__`` makes of ``encode_image``'s output."""
         coords, labels = with_padding_point(coords, labels)
-        features = self.encode_image(images, sizes)
         embedding = self.without_memory(features.embedding)
         return self.decode(embedding, self.encode_prompt(coords, labels), features.high_res)
 

@@ -1,7 +1,8 @@
 """Strict labels for parameters by the path of each leaf.
 
-A label says how a parameter is trained (``train``, ``freeze``, …).  Every parameter gets exactly
-one: a path that no rule covers, and a rule that covers no path, are errors.
+A label says how a parameter is trained (``train``, ``freeze``, …) or stored.  Every parameter gets
+exactly one: a path that no rule covers, one that two rules label differently, and a rule that
+covers no path, are errors.
 """
 
 from __future__ import annotations
@@ -25,32 +26,48 @@ def path_name(path: tuple) -> str:
 
 
 def label_by_path(params: Any, rules: Sequence[tuple[str, str]]) -> Any:
-    """A tree like ``params`` with a label at each leaf: that of the first rule whose regular
-    expression matches the whole path.
+    """A tree like ``params`` with a label at each leaf: that of the rule whose regular expression
+    matches the whole path.
 
-    Raises ``ValueError`` naming every parameter without a rule and every rule that matches nothing.
+    Raises ``ValueError`` naming every parameter without a rule, every one that rules of different
+    labels match (see ``in_order``), and every rule that matches nothing.
     """
     compiled = [(re.compile(pattern), label) for pattern, label in rules]
-    used, uncovered = set(), []
+    used, problems = set(), []
 
     def label(path: tuple, _: Any) -> str:
         name = path_name(path)
-        for index, (pattern, value) in enumerate(compiled):
-            if pattern.fullmatch(name):
-                used.add(index)
-                return value
-        uncovered.append(name)
-        return ""
+        matching = [i for i, (pattern, _) in enumerate(compiled) if pattern.fullmatch(name)]
+        used.update(matching)
+        found = list(dict.fromkeys(compiled[i][1] for i in matching))
+        if len(found) > 1:
+            problems.append(f"{name} is labelled {' and '.join(map(repr, found))}")
+        elif not found:
+            problems.append(f"no rule for {name}")
+        return found[0] if found else ""
 
     labels = jax.tree_util.tree_map_with_path(label, params)
-    idle = [pattern.pattern for index, (pattern, _) in enumerate(compiled) if index not in used]
-    if uncovered or idle:
+    problems += [
+        f"nothing matches {pattern.pattern!r}"
+        for index, (pattern, _) in enumerate(compiled)
+        if index not in used
+    ]
+    if problems:
         raise ValueError(
-            "labels must cover every parameter exactly, and every rule must match one:\n"
-            + "".join(f"  no rule for {name}\n" for name in uncovered)
-            + "".join(f"  nothing matches {pattern!r}\n" for pattern in idle)
+            "labels must cover every parameter exactly once, and every rule must match one:\n  "
+            + "\n  ".join(problems)
         )
     return labels
+
+
+def in_order(rules: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Rules of which the first that matches is meant, as rules that exclude each other."""
+    exclusive, earlier = [], []
+    for pattern, label in rules:
+        but_not = rf"(?!(?:{'|'.join(earlier)})\Z)" if earlier else ""
+        exclusive.append((f"{but_not}(?:{pattern})", label))
+        earlier.append(pattern)
+    return exclusive
 
 
 def split_by_label(params: Any, labels: Any, label: str) -> tuple[dict, dict]:

@@ -1,8 +1,9 @@
 """What each method of fine-tuning trains of SAM or SAM 2, and by which optimizer.
 
-A method is a list of strict rules (``samjax.peft.paths``) that label every parameter ``freeze``,
-``adamw`` or ``galore``.  Low-rank factors (``samjax.peft.lora``) are no parameters of the model and
-come beside: ``lora`` and ``lora+decoder`` have them.
+A method is a list of rules (``samjax.peft.paths``), of which the first that matches counts.  They
+label every parameter ``freeze``, ``adamw`` or ``galore``, or ``still``: fresh, without a gradient.
+Low-rank factors (``samjax.peft.lora``) are no parameters of the model and come beside: ``lora`` and
+``lora+decoder`` have them.
 
 * ``lora``: factors only, in the parts that its config names.
 * ``lora+decoder``: factors in the image encoder; prompt encoder and mask decoder outright, as SAMed
@@ -16,16 +17,19 @@ come beside: ``lora`` and ``lora+decoder`` have them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
 
-from samjax.peft.paths import FREEZE, label_by_path
+from samjax.peft.paths import FREEZE, in_order, label_by_path
 
 ADAMW, GALORE = "adamw", "galore"
+STILL = "still"  # part of what a run adds to its base, but no loss moves it
 
 MASK_HEAD = "mask_decoder/(mask_tokens|output_hypernetworks_mlps|iou_prediction_head)/.*"
+_IOU_HEAD = "mask_decoder/iou_prediction_head/.*"
 BUFFER = "prompt_encoder/pe_gaussian"  # fixed random features, a buffer upstream
 # What the loss of a mask does not reach: without a gradient, weight decay alone would act.
 UNREACHED = (
@@ -52,29 +56,43 @@ RULES: dict[str, list[tuple[str, str]]] = {
 WITH_FACTORS = ("lora", "lora+decoder")
 
 
-def label_for(params: Any, method: str, *, fresh_head: bool = False) -> Any:
+def label_for(
+    params: Any,
+    method: str,
+    *,
+    fresh_head: bool = False,
+    prompts: Sequence[str] = ("points", "negatives", "box"),
+) -> Any:
     """A tree like ``params`` (of a SAM or SAM 2) with a label at each leaf.
 
     A fresh mask head (``mask_tokens`` and what hangs on them) is trained under every method.
+    ``prompts`` are those of the training data (``none``, positive ``points``, ``negatives``,
+    ``box``): embeddings of points that never come stay as they are.
     Raises ``ValueError`` for an unknown method.
     """
     if method not in RULES:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(RULES)}")
-    head = [(MASK_HEAD, ADAMW)] if fresh_head else []
-    return label_by_path(params, [*head, *RULES[method]])
+    head = [(_IOU_HEAD, STILL), (MASK_HEAD, ADAMW)] if fresh_head else []
+    padded = "points" in prompts or ("box" in prompts and "memory_attention" in params)  # SAM 2
+    absent = {
+        "point_embeddings/0": "negatives" not in prompts,
+        "point_embeddings/1": "points" not in prompts,
+        "point_embeddings/[23]": "box" not in prompts,  # its corners
+        "not_a_point_embed": not padded,
+    }
+    points = [(f"prompt_encoder/{name}/.*", FREEZE) for name, gone in absent.items() if gone]
+    return label_by_path(params, in_order([*head, *points, *RULES[method]]))
 
 
 def by_label(
     labels: Any, **transforms: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """``optax.partition`` of the transforms whose label occurs, and nothing for ``freeze``.
+    """``optax.partition`` of the transforms whose label occurs; ``freeze`` and ``still`` have none.
 
     Raises ``ValueError`` naming the labels that have no transform.
     """
     found = set(jax.tree.leaves(labels))
-    if missing := sorted(found - {FREEZE, *transforms}):
+    if missing := sorted(found - {FREEZE, STILL, *transforms}):
         raise ValueError(f"no transform for the labels {', '.join(missing)}")
-    chosen = {label: transforms[label] for label in sorted(found - {FREEZE})}
-    if FREEZE in found:
-        chosen[FREEZE] = optax.set_to_zero()
+    chosen = {label: transforms.get(label, optax.set_to_zero()) for label in sorted(found)}
     return optax.partition(chosen, labels)

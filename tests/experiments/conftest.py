@@ -30,6 +30,7 @@ def tiny_config() -> SamConfig:
             out_channels=16,
         ),
         mask_channels=8,
+        decoder_depth=1,
         decoder_mlp_width=20,
         iou_head_width=12,
     )

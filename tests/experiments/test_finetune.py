@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import jax
@@ -17,9 +18,10 @@ from samjax import SAM2ImagePredictor, SamModel
 from samjax.data import FolderDataset, make_loader
 from samjax.models.functional import bind
 from samjax.models.ops import resize_bilinear_numpy
-from samjax.models.weights import load_weights
+from samjax.models.weights import load_tensors, load_weights
 from samjax.peft.adapter_files import read_adapter
 from samjax.peft.lora import merge
+from samjax.training.checkpoint import Preemption
 from samjax.trees import flatten
 
 ARRAYS = ("image", "size", "coords", "labels")
@@ -125,15 +127,84 @@ def test_sam2_is_scored_as_its_predictor_segments(sam2_checkpoint, phantom_folde
             assert np.std(scored[row] - expected) < 0.02 * np.std(expected)
 
 
-def test_the_same_seed_gives_the_same_curve(phantom_folder, tiny_checkpoint, tmp_path):
+def test_a_seed_fixes_the_curve_even_of_a_run_that_was_interrupted(
+    phantom_folder, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    def arguments(name, seed, *more):
+        fixed = ("--seed", seed, "--dropout", "0.1", "--prompt", "points", "--no-torch-export")
+        return command(phantom_folder, tiny_checkpoint, tmp_path / name, *fixed, *more)
+
+    for name, seed in (("a", "5"), ("c", "6")):
+        assert finetune.main(arguments(name, seed)) == 0
+    assert history(tmp_path / "a") != history(tmp_path / "c")
+
+    with monkeypatch.context() as at_step_3:
+        at_step_3.setattr(Preemption, "requested", lambda self, step: step == 3)
+        assert finetune.main(arguments("b", "5")) == 143
+    assert f"{tmp_path}/b/checkpoints/3; continue with --resume" in capsys.readouterr().err
+    assert not (tmp_path / "b/metrics.json").exists()
+
+    assert finetune.main(arguments("b", "5")) == 1
+    assert "holds a run, at step 3: continue it with --resume" in capsys.readouterr().err
+    assert finetune.main(arguments("b", "5", "--resume", "--lr", "0.5")) == 1
+    assert "lr: 0.001 then, 0.5 now" in capsys.readouterr().err
+
+    assert finetune.main(arguments("b", "5", "--resume")) == 0
+    assert "continuing after step 3" in capsys.readouterr().out
+    assert history(tmp_path / "b") == history(tmp_path / "a")
+    for name in ("merged.safetensors", "adapter.safetensors"):
+        (one, _), (other, _) = (load_tensors(tmp_path / run / name) for run in "ab")
+        assert sorted(one) == sorted(other)
+        assert all(np.array_equal(one[path], other[path]) for path in one)
+
+
+def test_cached_embeddings_change_nothing(phantom_folder, tiny_checkpoint, tmp_path, capsys):
+    """Up to rounding: the encoder runs in another program."""
+    more = ("--method", "decoder", "--augment", "none", "--no-torch-export", "--prompt", "points")
     curves = []
-    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
-        more = ("--seed", seed, "--dropout", "0.1", "--prompt", "points", "--no-torch-export")
-        arguments = command(phantom_folder, tiny_checkpoint, tmp_path / name, *more)
-        assert finetune.main(arguments) == 0
-        curves.append(history(tmp_path / name))
-    assert curves[0] == curves[1]
-    assert curves[0] != curves[2]
+    for kind in ("no", "disk"):
+        arguments = command(phantom_folder, tiny_checkpoint, tmp_path / kind, *more)
+        assert finetune.main([*arguments, "--cache-embeddings", kind]) == 0
+        curves.append([entry["loss"] for entry in history(tmp_path / kind) if "loss" in entry])
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)
+    assert (tmp_path / "disk/embeddings_0/complete.json").exists()
+
+    arguments = command(phantom_folder, tiny_checkpoint, tmp_path / "bad", "--no-torch-export")
+    assert finetune.main([*arguments, "--augment", "none", "--cache-embeddings", "ram"]) == 1
+    assert "--method lora trains the image encoder" in capsys.readouterr().err
+    assert finetune.main([*arguments, "--method", "decoder", "--cache-embeddings", "ram"]) == 1
+    assert "needs --augment none, not light" in capsys.readouterr().err
+
+
+def test_a_loss_that_becomes_nan_stops_the_run(
+    phantom_folder, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    """With the step, the batch's files and the last good checkpoint."""
+    real = seg.batch_loss
+
+    def broken(tuning, trainable, frozen, batch, key):
+        loss = real(tuning, trainable, frozen, batch, key)
+        # Rises above the bar once the weights have moved for two steps.
+        moved = jax.tree.reduce(
+            lambda total, leaf: total + (leaf**2).sum(), trainable["factors"], 0
+        )
+        start = jax.tree.reduce(
+            lambda total, leaf: total + (leaf**2).sum(), tuning.trainable["factors"], 0
+        )
+        return jax.numpy.where(jax.numpy.abs(moved - start) > 1e-4, jax.numpy.nan, loss)
+
+    monkeypatch.setattr(seg, "batch_loss", broken)
+    arguments = command(phantom_folder, tiny_checkpoint, tmp_path, "--no-torch-export")
+    assert finetune.main([*arguments, "--checkpoint-every", "1", "--lr", "0.01"]) == 1
+    message = capsys.readouterr().err
+    found = re.search(
+        r"step (\d): the loss became nan; the batch held (.*); the last good", message
+    )
+    assert found, message
+    assert message.rstrip().endswith(f"checkpoint is {tmp_path}/checkpoints/{int(found[1]) - 1}")
+    batch = found[2].split(", ")
+    assert len(batch) == 4
+    assert set(batch) <= {path.stem for path in (phantom_folder / "images").iterdir()}
 
 
 def test_several_classes_from_scratch_at_another_size(two_class_folder, tiny_checkpoint, tmp_path):

@@ -14,7 +14,7 @@ from samjax.peft.galore import (
     scale_by_galore,
     sides,
 )
-from samjax.peft.paths import label_by_path
+from samjax.peft.paths import in_order, label_by_path
 
 SHAPES = {"tall": (7, 19), "wide": (19, 7), "square": (11, 11)}  # (in, out): as torch has them
 PROJECTIONS = ("std", "reverse_std", "left", "right", "full")
@@ -153,9 +153,8 @@ def test_stacks_and_convolutions(rng):
 def test_a_rank_for_each_label(rng):
     """`optax.partition`, with a schedule, decay, and the refresh decided on the host."""
     params = tree(rng, **SHAPES)
-    labels = label_by_path(
-        params, [("(tall|wide)/.*", "few"), ("square/.*", "many"), (".*", "all")]
-    )
+    rules = [("(tall|wide)/.*", "few"), ("square/.*", "many"), (".*", "all")]
+    labels = label_by_path(params, in_order(rules))
     optimizer = optax.partition(
         {
             "few": galore(optax.linear_schedule(1e-2, 0, 10), 2, weight_decay=0.1),

@@ -1,14 +1,21 @@
 """Labels by path: exactly one for every parameter, and no rule without one."""
 
-import re
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samjax.peft.paths import FREEZE, join, label_by_path, path_name, split_by_label, table
+from samjax.peft.paths import (
+    FREEZE,
+    in_order,
+    join,
+    label_by_path,
+    path_name,
+    split_by_label,
+    table,
+)
 
 PARAMS = {
     "encoder": {
@@ -21,14 +28,16 @@ PARAMS = {
 }
 
 
-def test_first_matching_rule_decides():
+def test_in_order_the_first_matching_rule_decides():
     labels = label_by_path(
         PARAMS,
-        [
-            (r"encoder/blocks/1/.*", "train"),
-            (r".*/bias", "other"),
-            (r"encoder/.*|decoder/.*", FREEZE),
-        ],
+        in_order(
+            [
+                (r"encoder/blocks/1/.*", "train"),
+                (r".*/bias", "other"),
+                (r"encoder/.*|decoder/.*", FREEZE),
+            ]
+        ),
     )
     assert labels == {
         "encoder": {
@@ -60,8 +69,18 @@ def test_everything_that_is_not_covered_is_named():
 
 
 def test_a_rule_behind_a_wider_one_is_idle():
-    with pytest.raises(ValueError, match=re.escape("nothing matches 'decoder/.*'")):
+    with pytest.raises(ValueError, match=r"nothing matches .*decoder/"):
+        label_by_path(PARAMS, in_order([(".*", FREEZE), ("decoder/.*", "train")]))
+
+
+def test_a_parameter_with_two_labels_is_named():
+    with pytest.raises(ValueError, match="is labelled") as error:
         label_by_path(PARAMS, [(".*", FREEZE), ("decoder/.*", "train")])
+    assert str(error.value).splitlines()[1:] == [
+        "  decoder/head/kernel is labelled 'freeze' and 'train'"
+    ]
+    twice = label_by_path(PARAMS, [(".*", FREEZE), ("decoder/.*", FREEZE)])
+    assert set(jax.tree.leaves(twice)) == {FREEZE}
 
 
 def test_path_names_of_other_trees():
@@ -72,7 +91,7 @@ def test_path_names_of_other_trees():
 
 
 def test_split_parts_by_label_without_empty_branches():
-    labels = label_by_path(PARAMS, [(".*/bias", "train"), (".*", FREEZE)])
+    labels = label_by_path(PARAMS, in_order([(".*/bias", "train"), (".*", FREEZE)]))
     train, rest = split_by_label(PARAMS, labels, "train")
     assert sorted(train) == ["encoder"]
     assert sorted(train["encoder"]["blocks"]["0"]["qkv"]) == ["bias"]
@@ -111,7 +130,7 @@ def test_join_refuses_what_both_hold():
 
 
 def test_table_counts_parameters_and_bytes():
-    labels = label_by_path(PARAMS, [("decoder/.*", "train"), (".*", FREEZE)])
+    labels = label_by_path(PARAMS, in_order([("decoder/.*", "train"), (".*", FREEZE)]))
     lines = table(PARAMS, labels).splitlines()
     assert "weights MiB  gradients MiB  state MiB" in lines[0]
     assert lines[1].split() == ["freeze", "4", "36", "75.00%", "0.00", "0.00", "0.00"]

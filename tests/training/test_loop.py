@@ -17,8 +17,8 @@ from samjax.training.loop import (
     fit,
     init_state,
     make_step,
-    warmup_cosine,
 )
+from samjax.training.schedules import warmup_cosine
 
 KEY = jax.random.key(0)
 
@@ -72,16 +72,6 @@ def test_the_callers_arrays_survive_donation(problem):
     optimizer = optax.sgd(0.1)
     state, _ = make_step(squares, optimizer)(init_state(trainable, optimizer), frozen, batch, KEY)
     assert not np.array_equal(state.trainable["w"], np.asarray(trainable["w"]))
-
-
-def test_schedule_warms_up_and_decays():
-    schedule = warmup_cosine(1.0, 100, 10)
-    values = [float(schedule(step)) for step in range(101)]
-    np.testing.assert_allclose(values[:10], np.arange(1, 11) / 10, rtol=1e-6)
-    assert values[10] == pytest.approx(1.0)
-    assert all(a >= b for a, b in itertools.pairwise(values[10:]))
-    assert values[100] == pytest.approx(0.0, abs=1e-6)
-    assert float(warmup_cosine(1.0, 1, 10)(0)) == 1.0, "a run shorter than its warmup"
 
 
 def test_vectors_do_not_decay():

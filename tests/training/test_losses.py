@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,29 @@ def test_against_torch_and_monai(rng, kind):
         their_entropy = torch.nn.functional.cross_entropy(z, y[:, 0], reduction="none")
     np.testing.assert_allclose(dice, theirs(z, y).flatten(1).mean(1), atol=1e-6)
     np.testing.assert_allclose(entropy, their_entropy.flatten(1).mean(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (None, 1.5)])
+def test_focal_loss_against_monai(rng, alpha, gamma):
+    torch = pytest.importorskip("torch")
+    monai = pytest.importorskip("monai.losses")
+    logits, labels, _ = _batch(rng, "binary")
+    ours = jax.jit(partial(losses.focal_loss, alpha=alpha, gamma=gamma))(
+        jnp.array(logits), jnp.array(labels)
+    )
+    z, y = torch.tensor(logits)[:, None], torch.tensor(labels)[:, None].float()
+    theirs = monai.FocalLoss(alpha=alpha, gamma=gamma, reduction="none")(z, y)
+    np.testing.assert_allclose(ours, theirs.flatten(1).mean(1), atol=1e-6)
+
+
+def test_focal_loss_of_extreme_logits_and_padding():
+    logits = jnp.array([[[1e4, -1e4, jnp.nan]], [[-1e4, 1e4, jnp.nan]]])
+    labels, valid = jnp.array([[[1, 0, 255]]] * 2), jnp.array([[[True, True, False]]] * 2)
+    step = jax.jit(jax.value_and_grad(lambda z: losses.focal_loss(z, labels, valid).sum()))
+    loss, gradient = step(logits)
+    np.testing.assert_allclose(loss, (0.25 * 1e4 + 0.75 * 1e4) / 2, rtol=1e-6)
+    assert np.isfinite(gradient).all()
+    assert not np.asarray(gradient[..., 2]).any()
 
 
 def test_one_sample_equals_sameds_sum_over_the_batch(rng):
@@ -224,8 +249,32 @@ def test_shapes_that_do_not_fit_are_refused(logits, labels, valid, message):
         segmentation_loss(jnp.zeros(logits), jnp.zeros(labels, jnp.int32), valid)
 
 
+@pytest.mark.parametrize("part", ["binary_cross_entropy", "binary_dice", "focal_loss"])
+def test_binary_losses_refuse_several_logits_per_pixel(part):
+    with pytest.raises(ValueError, match=r"shape \(2, 4, 5, 3\), expected \(b, h, w\)"):
+        getattr(losses, part)(jnp.zeros((2, 4, 5, 3)), jnp.zeros((2, 4, 5), jnp.int32))
+
+
 def test_float_labels_and_bad_weights_are_refused():
     with pytest.raises(ValueError, match="labels are float32, expected integers"):
         segmentation_loss(jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 2, 3)))
     with pytest.raises(ValueError, match=r"dice_weight is 1\.5"):
         segmentation_loss(jnp.zeros((1, 2, 3)), jnp.zeros((1, 2, 3)), dice_weight=1.5)
+
+
+def test_a_weighted_sum_is_sameds_loss(rng, kind):
+    arrays = [*map(jnp.array, _batch(rng, kind))]
+    parts = {"binary": (losses.binary_cross_entropy, losses.binary_dice)}
+    parts["multiclass"] = losses.multiclass_cross_entropy, losses.multiclass_dice
+    entropy, dice = parts[kind]
+    total = jax.jit(losses.weighted_sum({"entropy": (0.2, entropy), "dice": (0.8, dice)}))
+    np.testing.assert_allclose(total(*arrays), segmentation_loss(*arrays), rtol=1e-6)
+    np.testing.assert_allclose(total(*arrays[:2]), segmentation_loss(*arrays[:2]), rtol=1e-6)
+
+
+def test_a_weighted_sum_refuses_what_cannot_be_meant():
+    with pytest.raises(ValueError, match="at least one"):
+        losses.weighted_sum({})
+    for weight in (-1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"the weight of dice is {weight}"):
+            losses.weighted_sum({"dice": (weight, losses.binary_dice)})

@@ -1,0 +1,145 @@
+"""What the command of every experiment takes: how to train, on how many devices, what to keep."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from samjax.peft.galore import Projection
+from samjax.training import schedules
+from samjax.training.sharding import make_mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """All devices of all processes, as data x fsdp x tensor."""
+
+    data: int | None = None
+    """Groups that share out the batch; by default all devices that the other two leave."""
+    fsdp: int = 1
+    """Devices that share out the batch, and the parameters, their gradients and moments."""
+    tensor: int = 1
+    """Devices that share out the columns or rows of every layer."""
+    coordinator: str | None = None
+    """Several processes: HOST:PORT of the first one, or auto on SLURM, GKE and TPU pods."""
+    processes: int | None = None
+    """With HOST:PORT: how many processes."""
+    process: int | None = None
+    """With HOST:PORT: which one this is, from 0."""
+
+    def start(self) -> Mesh:
+        """Joins the other processes, if there are any, and makes the mesh."""
+        given = (self.processes is not None, self.process is not None)
+        if self.coordinator in (None, "auto") and any(given):
+            raise ValueError("--mesh.processes and --mesh.process go with --mesh.coordinator")
+        if self.coordinator == "auto":
+            jax.distributed.initialize()
+        elif self.coordinator is not None:
+            if not all(given):
+                raise ValueError(
+                    f"--mesh.coordinator {self.coordinator} needs --mesh.processes and "
+                    "--mesh.process"
+                )
+            jax.distributed.initialize(self.coordinator, self.processes, self.process)
+        return make_mesh(self.data, self.fsdp, self.tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How to train."""
+
+    epochs: int = 50
+    """Passes over the training images."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: int = 4
+    """Images per optimizer step, on all devices together."""
+    accumulate: int = 1
+    """Micro-batches per step: memory for batch_size / accumulate images is enough."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    schedule: schedules.Name = "cosine"
+    """After the warmup: cosine to zero, poly (SAMed's power 0.9), constant; or cosine restarts."""
+    period: int = 1000
+    """Steps of one cycle of restarts."""
+    warmup: int = 20
+    """Warmup steps."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay, on matrices."""
+    clip: Literal["global", "each", "none"] = "global"
+    """Gradients are clipped to norm 1: all together, or (with less memory) each array by itself."""
+    dice_weight: float = 0.5
+    """Share of Dice in the loss; the rest is cross-entropy."""
+    average: float | None = None
+    """Decay of a moving average of what is trained, such as 0.999; it is what is kept then."""
+    validate_every: int | None = None
+    """Steps between validations; by default one epoch, or 20 times a run if that is rarer."""
+    patience: int | None = None
+    """Stop after so many validations without a better Dice."""
+
+    galore_gap: int = 200
+    """GaLore: steps between two refreshes of the bases."""
+    galore_scale: float = 0.25
+    """GaLore: factor of its steps."""
+    galore_projection: Projection = "std"
+    """GaLore: which side of a matrix is made short."""
+    moments: Literal["float32", "8bit"] = "float32"
+    """Of the optimizer's moments: 8bit takes a quarter of the memory."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters stay float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    cache_embeddings: Literal["no", "ram", "disk"] = "no"
+    """Run the image encoder once per image, where nothing of it is trained or augmented."""
+    mesh: Devices = field(default_factory=Devices)
+    """Which devices do what."""
+
+    seed: int = 0
+    """Seed of everything random."""
+    workers: int = 0
+    """Worker processes that load data; 0: threads."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints to resume from; by default at each validation; 0: none."""
+    keep: int = 2
+    """Checkpoints to keep, besides the best."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint, if there is one."""
+    progress: bool = True
+    """Show the progress bar."""
+    out: Path = Path("runs/finetune")
+    """Folder of the results."""
+
+    # What may change between a run and its continuation.
+    FREE = (
+        *("mesh", "workers", "checkpoint_every", "keep", "resume", "progress", "out"),
+        *("cache_embeddings", "torch_export", "test_images", "test_masks"),
+    )
+
+    def check(self) -> None:
+        """Raises ``ValueError`` for settings that contradict each other."""
+        if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise ValueError(
+                f"--batch-size {self.batch_size} is no multiple of --accumulate {self.accumulate}"
+            )
+        if self.resume and self.checkpoint_every == 0:
+            raise ValueError("--resume needs checkpoints, but --checkpoint-every is 0")
+
+    def rate(self, steps: int) -> optax.Schedule:
+        """The learning rate of a run of so many steps."""
+        warmup = 0 if self.schedule == "restarts" else self.warmup
+        return schedules.by_name(self.schedule, self.lr, steps, warmup, period=self.period)
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a continued run must share."""
+        return {name: value for name, value in asdict(self).items() if name not in self.FREE}
+
+
+def is_first_process() -> bool:
+    """Whether this process writes the results."""
+    return jax.process_index() == 0

@@ -1,0 +1,303 @@
+"""A training run from its data sets to what validated best: shared by the experiments.
+
+Everything runs on a mesh, of one device or of many processes' devices.  The first process writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from experiments import segmentation as seg
+from experiments.options import TrainingOptions, is_first_process
+from experiments.results import MOST_SHOWN, Shown
+from samjax.data import Augment, SegmentationDataset, make_loader
+from samjax.peft.adapter_files import write_adapter
+from samjax.training.checkpoint import CheckpointError, Checkpoints, Preemption, fingerprint
+from samjax.training.features import FeatureCache
+from samjax.training.log import RunLog
+from samjax.training.loop import TrainingError, TrainState, fit, make_step
+from samjax.training.metrics import ImageScore, mean_over_classes, summarise
+from samjax.training.sharding import (
+    check_batch,
+    place_batch,
+    place_state,
+    placement_of,
+    process_rows,
+    replicate,
+    to_host,
+)
+from samjax.trees import Params
+
+
+class Preempted(Exception):
+    """SIGTERM came; the run can be continued from the checkpoint that the message names."""
+
+
+def make_optimizer(
+    options: TrainingOptions, tuning: seg.Tuning, rank: int, rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """The optimizer of the settings; ``rank`` is GaLore's."""
+    return seg.make_optimizer(
+        tuning,
+        rate,
+        weight_decay=options.weight_decay,
+        clip=options.clip,
+        moments=options.moments,
+        rank=rank,
+        update_gap=options.galore_gap,
+        scale=options.galore_scale,
+        projection=options.galore_projection,
+    )
+
+
+def optimise(
+    options: TrainingOptions,
+    tuning: seg.Tuning,
+    evaluator: seg.Evaluator,
+    train: SegmentationDataset,
+    val: SegmentationDataset,
+    log: RunLog,
+    *,
+    rank: int,
+    base: str,
+    augment: str,
+    prompts: Mapping[str, Any],
+) -> tuple[Params, int]:
+    """Trains, and keeps (on disk as well) what validates best; returns it and its step.
+
+    ``tuning`` lies on its mesh.  ``base`` is the fingerprint of the untuned model, ``prompts`` are
+    ``make_loader``'s arguments.
+
+    Raises ``TrainingError``, ``CheckpointError``, and ``Preempted`` after SIGTERM.
+    """
+    assert tuning.mesh is not None
+    batch_size = min(options.batch_size, len(train))
+    check_batch(tuning.mesh, batch_size, options.accumulate)
+    per_epoch = max(len(train) // batch_size, 1)
+    steps = options.steps or options.epochs * per_epoch
+    every = options.validate_every or max(per_epoch, -(-steps // 20))
+    rate = options.rate(steps)
+    optimizer = make_optimizer(options, tuning, rank, rate)
+    state = place_state(tuning.trainable, optimizer, tuning.mesh, options.average is not None)
+    best: dict[str, Any] = {"dice": -1.0, "step": 0, "tuned": tuning.trainable}
+
+    with ExitStack() as stack:
+        checkpoints = None
+        if options.checkpoint_every != 0:
+            settings = {**options.fixed(), "base": base, "images": len(train)}
+            checkpoints = stack.enter_context(
+                Checkpoints(options.out / "checkpoints", settings, keep=options.keep)
+            )
+            state = resume(options, checkpoints, state, best, log)
+        preemption = stack.enter_context(Preemption())
+
+        step = make_step(
+            partial(seg.batch_loss, tuning),
+            optimizer,
+            options.accumulate,
+            options.galore_gap if "galore" in tuning.method else None,
+            placement_of(state),
+            options.average or 0.0,
+        )
+        frame = {"frame_size": tuning.config.image_size, "fit": tuning.config.fit}
+        index, count = process_rows(tuning.mesh)
+        batches = make_loader(
+            train,
+            batch_size=batch_size,
+            seed=options.seed,
+            shuffle=True,
+            augment=Augment.preset(augment),
+            num_epochs=None,
+            start_step=int(state.step),
+            workers=options.workers,
+            process_index=index,
+            process_count=count,
+            **frame,
+            **prompts,
+        )
+        arrays, place = seg.ARRAYS, partial(place_batch, mesh=tuning.mesh)
+        if options.cache_embeddings != "no":
+            if augment != "none":
+                raise ValueError(
+                    f"--cache-embeddings {options.cache_embeddings} needs --augment none, not "
+                    f"{augment}: an augmented image has another embedding"
+                )
+            cache = cached_features(options, tuning, train, base)
+            arrays = (*(name for name in seg.ARRAYS if name != "image"), "index")
+
+            def place(batch: Any) -> Any:
+                batch = {**batch, "features": cache[batch["index"]]}
+                return place_batch(batch, mesh=tuning.mesh)
+
+        val_batches = make_loader(val, batch_size=batch_size, box_jitter=0.0, **frame, **prompts)
+
+        def validate(index: int, tuned: Params) -> str:
+            scores = evaluator.frame_scores(tuned, val_batches)
+            dice, iou = (mean_over_classes(summarise(v)) for v in zip(*scores, strict=True))
+            if not np.isfinite(dice):
+                raise TrainingError("no validation image holds any foreground: Dice is undefined")
+            log.add(index, {"val_dice": dice, "val_iou": iou})
+            if dice > best["dice"]:
+                best.update(dice=dice, step=index, tuned=to_host(tuned))
+                if is_first_process():
+                    adapter = tuning.adapter(best["tuned"])
+                    write_adapter(
+                        options.out / "adapter.safetensors", adapter, {"step": str(index)}
+                    )
+            return f"val Dice {dice:.4f} (best {best['dice']:.4f})"
+
+        def save(state: TrainState) -> None:
+            assert checkpoints is not None
+            extra = {"dice": best["dice"], "step": best["step"], "history": log.history}
+            checkpoints.save(state, extra, best_step=best["step"])
+
+        def save_due(index: int) -> bool:
+            return index == best["step"] or index % (options.checkpoint_every or every) == 0
+
+        stopped = []  # the step and why, once
+
+        def stop(index: int) -> bool:
+            if preemption.requested(index):
+                stopped.append("SIGTERM")
+            elif options.patience and index - best["step"] >= options.patience * every:
+                stopped.append("patience")
+            return bool(stopped)
+
+        def record(index: int, metrics: dict[str, float]) -> None:
+            log.add(index, {**metrics, "learning_rate": float(rate(index - 1))})
+
+        try:
+            state = fit(
+                state,
+                tuning.frozen,
+                step,
+                batches,
+                steps=steps,
+                key=replicate(jax.random.key(options.seed), tuning.mesh),
+                arrays=arrays,
+                place=place,
+                on_step=record,
+                validate_every=every,
+                validate=validate,
+                save=None if checkpoints is None else save,
+                save_due=save_due,
+                stop=stop,
+                describe=partial(names_of, train),
+                progress=options.progress and is_first_process(),
+            )
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {last_of(checkpoints)}") from error
+        if stopped == ["SIGTERM"]:
+            raise Preempted(f"SIGTERM at step {int(state.step)}; {last_of(checkpoints)}")
+    return best["tuned"], best["step"]
+
+
+def cached_features(
+    options: TrainingOptions, tuning: seg.Tuning, train: SegmentationDataset, base: str
+) -> FeatureCache:
+    """The frozen encoder's output for every training image, in memory or below ``--out``."""
+    fit = {"frame_size": tuning.config.image_size, "fit": tuning.config.fit}
+    encode = jax.jit(partial(seg.encode_frozen, tuning))
+
+    def whole(batch: Mapping[str, Any]) -> Any:
+        return encode(tuning.frozen, {name: batch[name] for name in ("image", "size")})
+
+    on_disk = options.cache_embeddings == "disk"
+    return FeatureCache(
+        whole,
+        make_loader(train, batch_size=1, cache=False, **fit),
+        len(train),
+        folder=options.out / f"embeddings_{jax.process_index()}" if on_disk else None,
+        fingerprint=f"{base} {len(train)} images, {fit}, {tuning.dtype}",
+        progress=options.progress and is_first_process(),
+    )
+
+
+def resume(
+    options: TrainingOptions,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    best: dict[str, Any],
+    log: RunLog,
+) -> TrainState:
+    """The state to begin with; ``best`` and the log's history are filled in."""
+    if not options.resume:
+        if checkpoints.steps:
+            raise CheckpointError(
+                f"{checkpoints.folder} holds a run, at step {checkpoints.steps[-1]}: continue it "
+                "with --resume, or choose another --out"
+            )
+        return state
+    found = checkpoints.restore(state)
+    if found is None:
+        print(f"no checkpoint in {checkpoints.folder} yet: starting from the beginning")
+        return state
+    restored, extra = found
+    print(f"continuing after step {int(restored.step)}")
+    log.restore(extra["history"])
+    best.update(dice=extra["dice"], step=extra["step"])
+    if best["step"] == int(restored.step):
+        best["tuned"] = to_host(restored.tuned)
+    elif best["step"]:
+        best["tuned"] = to_host(checkpoints.restore_step(best["step"], state).tuned)
+    return restored
+
+
+def last_of(checkpoints: Checkpoints | None) -> str:
+    """For a message: where the run can be continued."""
+    if checkpoints is None:
+        return "there are no checkpoints (--checkpoint-every 0)"
+    checkpoints.wait()
+    if not checkpoints.steps:
+        return "there is no checkpoint yet"
+    return f"the last good checkpoint is {checkpoints.folder}/{checkpoints.steps[-1]}"
+
+
+def names_of(dataset: SegmentationDataset, batch: Mapping[str, Any]) -> str:
+    """For a message: the images of a batch."""
+    return ", ".join(dataset[int(i)]["name"] for i in batch["index"])
+
+
+def evaluate(
+    options: TrainingOptions,
+    tuning: seg.Tuning,
+    evaluator: seg.Evaluator,
+    trainable: Params,
+    dataset: SegmentationDataset,
+    modes: tuple[str, ...],
+    num_points: int,
+) -> tuple[dict[str, list[ImageScore]], Shown]:
+    """Scores at original resolution for each prompt mode, and (example, prediction) pairs of the
+    first images, by mode, for the overlays."""
+    assert tuning.mesh is not None
+    parts = tuning.mesh.shape["data"] * tuning.mesh.shape["fsdp"]
+    scores, shown = {}, {}
+    for mode in modes:
+        batches = make_loader(
+            dataset,
+            frame_size=tuning.config.image_size,
+            fit=tuning.config.fit,
+            batch_size=-(-min(options.batch_size, len(dataset)) // parts) * parts,
+            prompt_modes=mode,
+            num_points=num_points,
+            box_jitter=0.0,
+        )
+        scores[mode], shown[mode] = [], []
+        for index, labels in evaluator.original_predictions(trainable, batches):
+            example = dataset[index]
+            scores[mode].append(seg.score_image(labels, example["mask"], tuning.num_classes))
+            if len(shown[mode]) < MOST_SHOWN:
+                shown[mode].append((example, labels))
+    return scores, shown
+
+
+def base_fingerprint(tuning: seg.Tuning) -> str:
+    """Of the model before training."""
+    return fingerprint({**tuning.trainable["params"], "frozen": tuning.frozen})

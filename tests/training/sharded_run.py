@@ -1,0 +1,163 @@
+"""Runs in a process of its own: a small SAM trained on a mesh. Prints one line of JSON.
+
+curves DATA FSDP TENSOR METHOD,…           loss curves and bytes per device, by method
+run FOLDER STEPS SAVE DATA FSDP TENSOR [HOST:PORT COUNT INDEX]
+                                           through loader, loop and checkpoints; resumes
+"""
+
+import json
+import sys
+from functools import partial
+
+import jax
+import numpy as np
+
+from experiments import segmentation as seg
+from experiments.options import Devices
+from samjax.data import make_loader
+from samjax.models.functional import init_params
+from samjax.models.sam import SamConfig, ViTConfig
+from samjax.peft.lora import LoraConfig
+from samjax.training.checkpoint import Checkpoints
+from samjax.training.loop import fit, make_step
+from samjax.training.sharding import (
+    bytes_per_device,
+    make_mesh,
+    place_batch,
+    place_state,
+    placement_of,
+    process_rows,
+    replicate,
+)
+
+CONFIG = SamConfig(
+    image_encoder=ViTConfig(
+        image_size=(64, 48),
+        patch_size=16,
+        width=32,
+        depth=2,
+        heads=2,
+        window=3,
+        global_blocks=(1,),
+        out_channels=16,
+    ),
+    mask_channels=8,
+    decoder_depth=1,
+    decoder_mlp_width=32,
+    iou_head_width=16,
+)
+STEPS, GAP = 5, 2
+
+
+class Discs:
+    """Eight images of a bright disc on noise."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng(index)
+        rows, columns = np.mgrid[:64, :48]
+        mask = (rows - 20 - 3 * index) ** 2 + (columns - 24) ** 2 < 100 + 20 * index
+        image = rng.integers(0, 100, (64, 48, 3)) + 120 * mask[..., None]
+        return {"image": image.astype(np.uint8), "mask": mask.astype(np.uint8), "name": str(index)}
+
+
+def tuning_of(method, mesh):
+    lora = LoraConfig(rank=4, projections=("q", "v", "mlp"))
+    tuning = seg.prepare(CONFIG, init_params(CONFIG, 0), method, lora=lora)
+    return seg.on_mesh(tuning, mesh)
+
+
+def optimizer_of(tuning):
+    return seg.make_optimizer(tuning, 1e-3, weight_decay=0.01, rank=4, update_gap=GAP)
+
+
+def loader(mesh, start=0):
+    index, count = process_rows(mesh)
+    return make_loader(
+        Discs(),
+        frame_size=CONFIG.image_size,
+        batch_size=8,
+        shuffle=True,
+        num_epochs=None,
+        prompt_modes="points",
+        start_step=start,
+        process_index=index,
+        process_count=count,
+    )
+
+
+def curve(method, mesh):
+    tuning = tuning_of(method, mesh)
+    optimizer = optimizer_of(tuning)
+    state = place_state(tuning.trainable, optimizer, mesh)
+    gap = GAP if method == "galore" else None
+    step = make_step(
+        partial(seg.batch_loss, tuning), optimizer, refresh_gap=gap, placement=placement_of(state)
+    )
+    parts = {"trainable": state.trainable, "optimizer": state.optimizer, "frozen": tuning.frozen}
+    held = {name: sorted(bytes_per_device(part).values()) for name, part in parts.items()}
+    losses, key = [], replicate(jax.random.key(0), mesh)
+    for batch, _ in zip(loader(mesh), range(STEPS), strict=False):
+        rows = place_batch({name: batch[name] for name in seg.ARRAYS}, mesh)
+        state, metrics = step(state, tuning.frozen, rows, key)
+        losses.append(float(metrics["loss"]))
+    return {"losses": losses, "bytes": held}
+
+
+def run(folder, steps, save, mesh):
+    tuning = tuning_of("lora", mesh)
+    optimizer = optimizer_of(tuning)
+    state = place_state(tuning.trainable, optimizer, mesh)
+    losses, seen = [], []
+    with Checkpoints(folder, {"seed": 0}) as checkpoints:
+        found = checkpoints.restore(state)
+        if found is not None:
+            state, extra = found
+            losses, seen = extra["losses"], extra["seen"]
+
+        def place(batch):
+            return place_batch(batch, mesh)
+
+        def watched(batches):
+            for batch in batches:
+                seen.append(batch["index"].tolist())
+                yield batch
+
+        fit(
+            state,
+            tuning.frozen,
+            make_step(partial(seg.batch_loss, tuning), optimizer, 2, placement=placement_of(state)),
+            watched(loader(mesh, int(state.step))),
+            steps=steps,
+            key=replicate(jax.random.key(0), mesh),
+            arrays=seg.ARRAYS,
+            place=place,
+            on_step=lambda step, metrics: losses.append(metrics["loss"]),
+            save=lambda state: checkpoints.save(state, {"losses": losses, "seen": seen}),
+            save_due=lambda step: step == save,
+            progress=False,
+        )
+    return {"losses": losses, "seen": seen}
+
+
+def main(mode, *arguments):
+    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+    if mode == "curves":
+        data, fsdp, tensor = map(int, arguments[:3])
+        mesh = make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
+        return {method: curve(method, mesh) for method in arguments[3].split(",")}
+    folder, *numbers = arguments[:6]
+    steps, save, data, fsdp, tensor = map(int, numbers)
+    cluster = {}
+    if arguments[6:]:
+        address, count, index = arguments[6:]
+        cluster = {"coordinator": address, "processes": int(count), "process": int(index)}
+    mesh = Devices(data=data, fsdp=fsdp, tensor=tensor, **cluster).start()
+    return run(folder, steps, save, mesh)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))
