@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import tyro
 
 from experiments import segmentation as seg
-from experiments.options import TrainingOptions, is_first_process
+from experiments.options import REMAT, TrainingOptions, is_first_process
 from experiments.results import Result, print_scores, write_figures, write_metrics, write_models
 from experiments.training import (
     Preempted,
@@ -183,7 +183,7 @@ def prepare(arguments: Arguments) -> seg.Tuning:
         prompts=arguments.prompt,
         seed=arguments.seed,
         dtype=jnp.dtype(arguments.dtype),
-        remat=arguments.remat,
+        remat=REMAT[arguments.remat],
         dice_weight=arguments.dice_weight,
     )
 

@@ -29,6 +29,7 @@ import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import segmentation as seg
+from experiments.options import REMAT
 from samjax.models import sam, sam2_config
 from samjax.models.functional import abstract_params
 from samjax.models.weights import Config
@@ -61,8 +62,8 @@ class Arguments:
     """Of LoRA, or of GaLore."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters stay float32."""
-    remat: bool = False
-    """Recompute activations in the backward pass."""
+    remat: Literal["no", "dots", "all"] = "no"
+    """What of a block the backward pass computes anew."""
     clip: Literal["global", "each", "none"] = "global"
     """A global norm is known only when all gradients are there; each or none let them go."""
     moments: Literal["float32", "8bit"] = "float32"
@@ -148,7 +149,7 @@ def lowered_inputs(arguments: Arguments, mesh: Mesh) -> tuple[dict[str, Any], tu
         arguments.method,
         lora=LoraConfig(rank=arguments.rank),
         dtype=jnp.dtype(arguments.dtype),
-        remat=arguments.remat,
+        remat=REMAT[arguments.remat],
     )
     joint = {**tuning.trainable, "frozen": tuning.frozen}
     joint = with_shardings(joint, param_shardings(joint, mesh))
@@ -225,7 +226,8 @@ def proposals(arguments: Arguments, mesh: Mesh) -> list[tuple[str, Footprint]]:
     assert arguments.budget is not None
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     switches: list[tuple[str, dict[str, Any]]] = [
-        ("--remat", {"remat": True}),
+        ("--remat dots", {"remat": "dots"}),
+        ("--remat all", {"remat": "all"}),
         ("--dtype bfloat16", {"dtype": "bfloat16"}),
         ("--clip each", {"clip": "each"}),
         (f"--accumulate {arguments.batch // parts}", {"accumulate": arguments.batch // parts}),
@@ -236,11 +238,12 @@ def proposals(arguments: Arguments, mesh: Mesh) -> list[tuple[str, Footprint]]:
     tried, names = [], []
     for name, change in switches:
         changed = dataclasses.replace(arguments, **change)
-        if changed == arguments or (arguments.method == "lora" and "method" in change):
+        weaker = arguments.remat == "all" and change.get("remat") == "dots"
+        if changed == arguments or weaker or (arguments.method == "lora" and "method" in change):
             continue
         arguments = changed
-        names = [old for old in names if not (old.startswith("--method") and "method" in change)]
-        names.append(name)
+        flag = name.split()[0]
+        names = [*(old for old in names if not old.startswith(f"{flag} ")), name]
         found = measure(arguments, mesh)
         tried.append((" ".join(names), found))
         if found.peak <= arguments.budget * GB:

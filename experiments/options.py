@@ -10,9 +10,12 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from samjax.models.layers import Remat
 from samjax.peft.galore import Projection
 from samjax.training import schedules
 from samjax.training.sharding import make_mesh
+
+REMAT: dict[str, Remat] = {"no": False, "dots": "dots", "all": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +96,9 @@ class TrainingOptions:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters stay float32."""
-    remat: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    remat: Literal["no", "dots", "all"] = "no"
+    """What of a block the backward pass computes anew, for less memory in more time: nothing, all
+    but its products with weights, or all."""
     cache_embeddings: Literal["no", "ram", "disk"] = "no"
     """Run the image encoder once per image, where nothing of it is trained or augmented."""
     mesh: Devices = field(default_factory=Devices)

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from samjax.models.functional import bind, init_params
+from samjax.models.layers import Remat
 from samjax.models.mask_decoder import MaskPrediction
 from samjax.models.ops import resize_bilinear, resize_bilinear_numpy
 from samjax.models.sam2 import ImageFeatures, single_mask
@@ -59,7 +60,7 @@ class Tuning:
     lora: LoraConfig | None = None
     num_classes: int = 1
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: Remat = False
     dice_weight: float = 0.5
     mesh: Mesh | None = None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from experiments import segmentation as seg
 from experiments.options import TrainingOptions, is_first_process
 from experiments.results import MOST_SHOWN, Shown
 from samjax.data import Augment, SegmentationDataset, make_loader
+from samjax.data.pipeline import Loader
 from samjax.peft.adapter_files import write_adapter
 from samjax.training.checkpoint import CheckpointError, Checkpoints, Preemption, fingerprint
 from samjax.training.features import FeatureCache
@@ -72,42 +74,56 @@ def optimise(
 ) -> tuple[Params, int]:
     """Trains, and keeps (on disk as well) what validates best; returns it and its step.
 
-    ``tuning`` lies on its mesh.  ``base`` is the fingerprint of the untuned model, ``prompts`` are
-    ``make_loader``'s arguments.
+    ``tuning`` lies on its mesh, and its trainable arrays are used up.  ``base`` is the fingerprint
+    of the untuned model, ``prompts`` are ``make_loader``'s arguments.
 
     Raises ``TrainingError``, ``CheckpointError``, and ``Preempted`` after SIGTERM.
     """
-    assert tuning.mesh is not None
+    mesh = tuning.mesh
+    assert mesh is not None
     batch_size = min(options.batch_size, len(train))
-    check_batch(tuning.mesh, batch_size, options.accumulate)
+    check_batch(mesh, batch_size, options.accumulate)
     per_epoch = max(len(train) // batch_size, 1)
     steps = options.steps or options.epochs * per_epoch
     every = options.validate_every or max(per_epoch, -(-steps // 20))
     rate = options.rate(steps)
     optimizer = make_optimizer(options, tuning, rank, rate)
-    state = place_state(tuning.trainable, optimizer, tuning.mesh, options.average is not None)
-    best: dict[str, Any] = {"dice": -1.0, "step": 0, "tuned": tuning.trainable}
+    frame = {"frame_size": tuning.config.image_size, "fit": tuning.config.fit}
+    arrays, place = seg.ARRAYS, partial(place_batch, mesh=mesh)
+    if options.cache_embeddings != "no":
+        if augment != "none":
+            raise ValueError(
+                f"--cache-embeddings {options.cache_embeddings} needs --augment none, not "
+                f"{augment}: an augmented image has another embedding"
+            )
+        cache = cached_features(options, tuning, train, base)
+        arrays = (*(name for name in seg.ARRAYS if name != "image"), "index")
+
+        def place(batch: Any) -> Any:
+            return place_batch({**batch, "features": cache[batch["index"]]}, mesh)
+
+    state = place_state(tuning.trainable, optimizer, mesh, options.average is not None)
+    for leaf in jax.tree.leaves(tuning.trainable):
+        leaf.delete()  # the state has its own copy, and one is enough on a device
 
     with ExitStack() as stack:
         checkpoints = None
         if options.checkpoint_every != 0:
             settings = {**options.fixed(), "base": base, "images": len(train)}
-            checkpoints = stack.enter_context(
-                Checkpoints(options.out / "checkpoints", settings, keep=options.keep)
-            )
-            state = resume(options, checkpoints, state, best, log)
-        preemption = stack.enter_context(Preemption())
-
-        step = make_step(
-            partial(seg.batch_loss, tuning),
-            optimizer,
-            options.accumulate,
-            options.galore_gap if "galore" in tuning.method else None,
-            placement_of(state),
-            options.average or 0.0,
+            folder = options.out / "checkpoints"
+            checkpoints = stack.enter_context(Checkpoints(folder, settings, keep=options.keep))
+        watch = Watch(
+            options=options,
+            tuning=tuning,
+            evaluator=evaluator,
+            val_batches=make_loader(val, batch_size=batch_size, box_jitter=0.0, **frame, **prompts),
+            every=every,
+            log=log,
+            checkpoints=checkpoints,
+            preemption=stack.enter_context(Preemption()),
         )
-        frame = {"frame_size": tuning.config.image_size, "fit": tuning.config.fit}
-        index, count = process_rows(tuning.mesh)
+        state = watch.begin(state)
+        index, count = process_rows(mesh)
         batches = make_loader(
             train,
             batch_size=batch_size,
@@ -122,53 +138,14 @@ def optimise(
             **frame,
             **prompts,
         )
-        arrays, place = seg.ARRAYS, partial(place_batch, mesh=tuning.mesh)
-        if options.cache_embeddings != "no":
-            if augment != "none":
-                raise ValueError(
-                    f"--cache-embeddings {options.cache_embeddings} needs --augment none, not "
-                    f"{augment}: an augmented image has another embedding"
-                )
-            cache = cached_features(options, tuning, train, base)
-            arrays = (*(name for name in seg.ARRAYS if name != "image"), "index")
-
-            def place(batch: Any) -> Any:
-                batch = {**batch, "features": cache[batch["index"]]}
-                return place_batch(batch, mesh=tuning.mesh)
-
-        val_batches = make_loader(val, batch_size=batch_size, box_jitter=0.0, **frame, **prompts)
-
-        def validate(index: int, tuned: Params) -> str:
-            scores = evaluator.frame_scores(tuned, val_batches)
-            dice, iou = (mean_over_classes(summarise(v)) for v in zip(*scores, strict=True))
-            if not np.isfinite(dice):
-                raise TrainingError("no validation image holds any foreground: Dice is undefined")
-            log.add(index, {"val_dice": dice, "val_iou": iou})
-            if dice > best["dice"]:
-                best.update(dice=dice, step=index, tuned=to_host(tuned))
-                if is_first_process():
-                    adapter = tuning.adapter(best["tuned"])
-                    write_adapter(
-                        options.out / "adapter.safetensors", adapter, {"step": str(index)}
-                    )
-            return f"val Dice {dice:.4f} (best {best['dice']:.4f})"
-
-        def save(state: TrainState) -> None:
-            assert checkpoints is not None
-            extra = {"dice": best["dice"], "step": best["step"], "history": log.history}
-            checkpoints.save(state, extra, best_step=best["step"])
-
-        def save_due(index: int) -> bool:
-            return index == best["step"] or index % (options.checkpoint_every or every) == 0
-
-        stopped = []  # the step and why, once
-
-        def stop(index: int) -> bool:
-            if preemption.requested(index):
-                stopped.append("SIGTERM")
-            elif options.patience and index - best["step"] >= options.patience * every:
-                stopped.append("patience")
-            return bool(stopped)
+        step = make_step(
+            partial(seg.batch_loss, tuning),
+            optimizer,
+            options.accumulate,
+            options.galore_gap if "galore" in tuning.method else None,
+            placement_of(state),
+            options.average or 0.0,
+        )
 
         def record(index: int, metrics: dict[str, float]) -> None:
             log.add(index, {**metrics, "learning_rate": float(rate(index - 1))})
@@ -180,23 +157,99 @@ def optimise(
                 step,
                 batches,
                 steps=steps,
-                key=replicate(jax.random.key(options.seed), tuning.mesh),
+                key=replicate(jax.random.key(options.seed), mesh),
                 arrays=arrays,
                 place=place,
                 on_step=record,
                 validate_every=every,
-                validate=validate,
-                save=None if checkpoints is None else save,
-                save_due=save_due,
-                stop=stop,
+                validate=watch.validate,
+                save=None if checkpoints is None else watch.save,
+                save_due=watch.save_due,
+                stop=watch.stop,
                 describe=partial(names_of, train),
                 progress=options.progress and is_first_process(),
             )
         except TrainingError as error:
             raise TrainingError(f"{error}; {last_of(checkpoints)}") from error
-        if stopped == ["SIGTERM"]:
+        if watch.preempted:
             raise Preempted(f"SIGTERM at step {int(state.step)}; {last_of(checkpoints)}")
-    return best["tuned"], best["step"]
+    return watch.best, watch.best_step
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """What a run does besides its steps: validates, keeps the best, saves, knows when to stop."""
+
+    options: TrainingOptions
+    tuning: seg.Tuning
+    evaluator: seg.Evaluator
+    val_batches: Loader
+    every: int  # steps between validations
+    log: RunLog
+    checkpoints: Checkpoints | None
+    preemption: Preemption
+
+    best: Params = field(default_factory=dict)  # on the host
+    best_dice: float = -1.0
+    best_step: int = 0
+    preempted: bool = False
+
+    def begin(self, state: TrainState) -> TrainState:
+        """The state to begin with: with ``--resume``, that of the last checkpoint."""
+        checkpoints = self.checkpoints
+        if checkpoints is None:
+            return state
+        if not self.options.resume:
+            if checkpoints.steps:
+                raise CheckpointError(
+                    f"{checkpoints.folder} holds a run, at step {checkpoints.steps[-1]}: continue "
+                    "it with --resume, or choose another --out"
+                )
+            return state
+        found = checkpoints.restore(state)
+        if found is None:
+            print(f"no checkpoint in {checkpoints.folder} yet: starting from the beginning")
+            return state
+        restored, extra = found
+        print(f"continuing after step {int(restored.step)}")
+        self.log.restore(extra["history"])
+        self.best_dice, self.best_step = extra["dice"], extra["step"]
+        if self.best_step == int(restored.step):
+            self.best = to_host(restored.tuned)
+        elif self.best_step:
+            self.best = to_host(checkpoints.restore_step(self.best_step, state).tuned)
+        return restored
+
+    def validate(self, index: int, tuned: Params) -> str:
+        """Dice and IoU of the validation set, for the progress bar."""
+        scores = self.evaluator.frame_scores(tuned, self.val_batches)
+        dice, iou = (mean_over_classes(summarise(v)) for v in zip(*scores, strict=True))
+        if not np.isfinite(dice):
+            raise TrainingError("no validation image holds any foreground: Dice is undefined")
+        self.log.add(index, {"val_dice": dice, "val_iou": iou})
+        if dice > self.best_dice:
+            self.best_dice, self.best_step, self.best = dice, index, to_host(tuned)
+            if is_first_process():
+                path = self.options.out / "adapter.safetensors"
+                write_adapter(path, self.tuning.adapter(self.best), {"step": str(index)})
+        return f"val Dice {dice:.4f} (best {self.best_dice:.4f})"
+
+    def save(self, state: TrainState) -> None:
+        """A checkpoint."""
+        assert self.checkpoints is not None
+        best = {"dice": self.best_dice, "step": self.best_step}
+        history = {"history": self.log.history}
+        self.checkpoints.save(state, {**best, **history}, best_step=self.best_step)
+
+    def save_due(self, index: int) -> bool:
+        """Every so many steps, and when the best is there: a resumed run must find it."""
+        return index == self.best_step or index % (self.options.checkpoint_every or self.every) == 0
+
+    def stop(self, index: int) -> bool:
+        """After SIGTERM, or too many validations without a better one."""
+        self.preempted = self.preemption.requested(index)
+        patience = self.options.patience
+        return self.preempted or bool(patience and index - self.best_step >= patience * self.every)
 
 
 def cached_features(
@@ -218,36 +271,6 @@ def cached_features(
         fingerprint=f"{base} {len(train)} images, {fit}, {tuning.dtype}",
         progress=options.progress and is_first_process(),
     )
-
-
-def resume(
-    options: TrainingOptions,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    best: dict[str, Any],
-    log: RunLog,
-) -> TrainState:
-    """The state to begin with; ``best`` and the log's history are filled in."""
-    if not options.resume:
-        if checkpoints.steps:
-            raise CheckpointError(
-                f"{checkpoints.folder} holds a run, at step {checkpoints.steps[-1]}: continue it "
-                "with --resume, or choose another --out"
-            )
-        return state
-    found = checkpoints.restore(state)
-    if found is None:
-        print(f"no checkpoint in {checkpoints.folder} yet: starting from the beginning")
-        return state
-    restored, extra = found
-    print(f"continuing after step {int(restored.step)}")
-    log.restore(extra["history"])
-    best.update(dice=extra["dice"], step=extra["step"])
-    if best["step"] == int(restored.step):
-        best["tuned"] = to_host(restored.tuned)
-    elif best["step"]:
-        best["tuned"] = to_host(checkpoints.restore_step(best["step"], state).tuned)
-    return restored
 
 
 def last_of(checkpoints: Checkpoints | None) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from samjax.models.layers import Dense, SidePath
+from samjax.models.layers import Dense, Remat, SidePath
 from samjax.trees import Params, block_columns, flatten, unflatten
 
 
@@ -34,7 +34,7 @@ class _SameKey(nnx.RngStream):
 
 
 @functools.lru_cache(maxsize=32)
-def _abstract_module(config, dtype: DTypeLike, remat: bool):
+def _abstract_module(config, dtype: DTypeLike, remat: Remat):
     """Graph definition, tree structure and the path of each leaf, without allocating anything."""
 
     def build():
@@ -95,7 +95,7 @@ def bind(
     params: Params,
     *,
     dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: Remat = False,
     adapter: Params | None = None,
     adapter_scale: float = 1.0,
     adapter_dropout: float = 0.0,

@@ -13,14 +13,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from samjax.models.attention import attend
-from samjax.models.layers import EMBEDDING_INIT, MLP, Dense, conv, gelu, layer_norm
+from samjax.models.layers import (
+    EMBEDDING_INIT,
+    MLP,
+    Dense,
+    Remat,
+    conv,
+    gelu,
+    layer_norm,
+    with_remat,
+)
 from samjax.models.ops import cubic_matrix, merge_windows, partition_windows
 
 PATCH_STRIDE = 4  # pixels per token side in the first stage; each later stage doubles it
@@ -166,7 +174,7 @@ class Block(nnx.Module):
 class Trunk(nnx.Module):
     """Normalised images to one map of tokens per stage, finest first."""
 
-    def __init__(self, config: HieraConfig, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, config: HieraConfig, *, dtype: DTypeLike, remat: Remat, rngs: nnx.Rngs):
         window, width = config.windows[0], config.width
         self.patch_embed = conv(3, width, 7, stride=PATCH_STRIDE, padding=3, dtype=dtype, rngs=rngs)
         self.pos_embed = nnx.Param(EMBEDDING_INIT(rngs.params(), (1, *config.position_grid, width)))
@@ -175,13 +183,13 @@ class Trunk(nnx.Module):
             [Block(plan, config.mlp_ratio, dtype=dtype, rngs=rngs) for plan in config.blocks()]
         )
         self.config = config
-        self.remat = remat
+        self.remat: Remat = remat
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ _"]]:
         x = self.embed_patches(images)
         stages = []
         for index, block in enumerate(self.blocks):
-            x = jax.checkpoint(lambda x, block=block: block(x))(x) if self.remat else block(x)
+            x = with_remat(block, self.remat)(x)
             if index in self.config.stage_ends:
                 stages.append(x)
         return stages
@@ -227,11 +235,11 @@ class Neck(nnx.Module):
 class ImageEncoder(nnx.Module):
     """Normalised images to the pyramid's levels of stride 4, 8 and 16.
 
-    ``dtype`` is the type of the computation (parameters stay float32); with ``remat`` each block
-    is recomputed in the backward pass, which keeps one block's activations instead of all.
+    ``dtype`` is the type of the computation (parameters stay float32); ``remat`` says
+    what of each block the backward pass computes anew (``layers.with_remat``).
     """
 
-    def __init__(self, config: HieraConfig, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, config: HieraConfig, *, dtype: DTypeLike, remat: Remat, rngs: nnx.Rngs):
         self.trunk = Trunk(config, dtype=dtype, remat=remat, rngs=rngs)
         self.neck = Neck(config, dtype=dtype, rngs=rngs)
         self.config = config

@@ -7,7 +7,8 @@ need no special case.  Parameters are float32; ``dtype`` is the type of the comp
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 EMBEDDING_INIT = nnx.initializers.normal(0.02)
+Remat = bool | Literal["dots"]  # what of a block the backward pass computes anew
+
+
+def with_remat(block: Callable[[Any], Any], remat: Remat) -> Callable[[Any], Any]:
+    """The block, of which the backward pass keeps everything (False), nothing but the input (True),
+    or the products with weights but not those of attention ("dots")."""
+    if not remat:
+        return block
+    policy = None
+    if remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(lambda x: block(x), policy=policy)
 
 
 class SidePath(NamedTuple):

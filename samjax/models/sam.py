@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from samjax.models.config import PromptableConfig
+from samjax.models.layers import Remat
 from samjax.models.mask_decoder import MaskDecoder, MaskPrediction
 from samjax.models.ops import normalise_pixels
 from samjax.models.prompt_encoder import EncodedPrompt, PromptEncoder
@@ -30,7 +31,7 @@ class SamConfig(PromptableConfig):
 
     image_encoder: ViTConfig = field(default_factory=ViTConfig)
 
-    def build(self, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs) -> Sam:
+    def build(self, *, dtype: DTypeLike, remat: Remat, rngs: nnx.Rngs) -> Sam:
         """The module; called abstractly by ``samjax.models.functional``."""
         return Sam(self, dtype=dtype, remat=remat, rngs=rngs)
 
@@ -82,7 +83,7 @@ VARIANTS = {"vit_b": vit_b, "vit_l": vit_l, "vit_h": vit_h, "vit_xs": vit_xs}
 class Sam(nnx.Module):
     """Image encoder, prompt encoder and mask decoder."""
 
-    def __init__(self, config: SamConfig, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, config: SamConfig, *, dtype: DTypeLike, remat: Remat, rngs: nnx.Rngs):
         vit = config.image_encoder
         self.image_encoder = ImageEncoder(vit, dtype=dtype, remat=remat, rngs=rngs)
         self.prompt_encoder = PromptEncoder(

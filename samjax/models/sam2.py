@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from samjax.models.hiera import ImageEncoder
-from samjax.models.layers import EMBEDDING_INIT, Dense, Perceptron, conv
+from samjax.models.layers import EMBEDDING_INIT, Dense, Perceptron, Remat, conv
 from samjax.models.mask_decoder import MaskDecoder, MaskPrediction
 from samjax.models.memory_attention import MemoryAttention
 from samjax.models.memory_encoder import MemoryEncoder
@@ -87,7 +87,7 @@ class MemoryBank(NamedTuple):
 class Sam2(nnx.Module):
     """Image encoder, memory attention, prompt encoder, mask decoder and memory encoder."""
 
-    def __init__(self, config: Sam2Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Sam2Config, *, dtype: DTypeLike, remat: Remat, rngs: nnx.Rngs):
         encoder, memory_width = config.image_encoder, config.memory_width
         width = encoder.out_channels
         self.image_encoder = ImageEncoder(encoder, dtype=dtype, remat=remat, rngs=rngs)

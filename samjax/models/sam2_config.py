@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from samjax.models.config import PromptableConfig
 from samjax.models.hiera import HieraConfig
+from samjax.models.layers import Remat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Sam2Config(PromptableConfig):
     num_memories: int = 7  # spatial memories of a frame: a conditioning frame and the last six
     num_pointers: int = 16  # object pointers of a frame, at most (conditioning frames not counted)
 
-    def build(self, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, *, dtype: DTypeLike, remat: Remat, rngs: nnx.Rngs) -> nnx.Module:
         """The module; called abstractly by ``samjax.models.functional``."""
         from samjax.models.sam2 import Sam2
 

@@ -19,7 +19,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from samjax.models.layers import EMBEDDING_INIT, MLP, Dense, conv, gelu, layer_norm
+from samjax.models.layers import (
+    EMBEDDING_INIT,
+    MLP,
+    Dense,
+    Remat,
+    conv,
+    gelu,
+    layer_norm,
+    with_remat,
+)
 from samjax.models.ops import merge_windows, partition_windows, relative_index
 
 MAX_TOKENS = 512  # a longer sequence attends in chunks of query rows
@@ -190,18 +199,18 @@ class Neck(nnx.Module):
 class ImageEncoder(nnx.Module):
     """Normalised images to image embeddings.
 
-    ``dtype`` is the type of the computation (parameters stay float32); with ``remat`` each block
-    is recomputed in the backward pass, which keeps one block's activations instead of all.
+    ``dtype`` is the type of the computation (parameters stay float32); ``remat`` says
+    what of each block the backward pass computes anew (``layers.with_remat``).
     """
 
-    def __init__(self, config: ViTConfig, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, *, dtype: DTypeLike, remat: Remat, rngs: nnx.Rngs):
         self.patch_embed = PatchEmbed(config.patch_size, config.width, dtype=dtype, rngs=rngs)
         self.pos_embed = nnx.Param(EMBEDDING_INIT(rngs.params(), (1, *config.grid, config.width)))
         windows = [0 if i in config.global_blocks else config.window for i in range(config.depth)]
         self.blocks = nnx.List([Block(config, w, dtype=dtype, rngs=rngs) for w in windows])
         self.neck = Neck(config.width, config.out_channels, dtype=dtype, rngs=rngs)
         self.config = config
-        self.remat = remat
+        self.remat: Remat = remat
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b gh gw c"]:
         if images.shape[1:3] != self.config.image_size:
@@ -211,7 +220,7 @@ class ImageEncoder(nnx.Module):
             )
         x = self.embed_patches(images)
         for block in self.blocks:
-            x = jax.checkpoint(lambda x, block=block: block(x))(x) if self.remat else block(x)
+            x = with_remat(block, self.remat)(x)
         return self.neck(x)
 
     def embed_patches(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b gh gw c"]:

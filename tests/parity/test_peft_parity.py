@@ -156,41 +156,6 @@ def test_dense_equals_peft(peft, rng):
     assert layer.base_layer.weight.grad is None
 
 
-class MergedLinear(torch.nn.Module):
-    """What loralib's ``MergedLinear(enable_lora=[True, False, True])`` computes, in plain words."""
-
-    def __init__(self, width: int, rank: int, alpha: float):
-        super().__init__()
-        self.linear = torch.nn.Linear(width, 3 * width)
-        self.a = torch.nn.Parameter(torch.randn(2, rank, width))
-        self.b = torch.nn.Parameter(torch.randn(2, width, rank))
-        self.scale = alpha / rank
-
-    def forward(self, x):
-        q, v = (self.b[i] @ self.a[i] for i in range(2))
-        delta = torch.cat([q, torch.zeros_like(q), v])
-        return self.linear(x) + self.scale * x @ delta.T
-
-
-def test_fused_qkv_equals_loralib(rng):
-    torch.manual_seed(1)
-    layer = MergedLinear(width=6, rank=2, alpha=3.0)
-    x, target = rng.normal(size=(5, 4, 6)).astype("f"), rng.normal(size=(5, 4, 18)).astype("f")
-    out = layer(torch.from_numpy(x))
-    (out * torch.from_numpy(target)).sum().backward()
-
-    a, b = layer.a.detach().numpy(), layer.b.detach().numpy()
-    weight, bias = layer.linear.weight.detach().numpy(), layer.linear.bias.detach().numpy()
-    run, pairs = dense_with_side_paths(
-        weight, bias, [(a[0].T, b[0].T, (0, 6)), (a[1].T, b[1].T, (12, 18))], scale=3 / 2
-    )
-    close(run(jnp.asarray(x), pairs), out.detach().numpy())
-    gradient = jax.grad(lambda pairs: jnp.vdot(run(jnp.asarray(x), pairs), target))(pairs)
-    for i in range(2):
-        close(gradient[i][0].T, layer.a.grad[i].numpy())
-        close(gradient[i][1].T, layer.b.grad[i].numpy())
-
-
 def test_peft_loads_what_we_write(peft, upstream, params, inputs, tmp_path):
     """The folder on Meta's own modules, the merged weights in them, and our side path agree."""
     adapter = random_adapter(params, EVERYTHING)

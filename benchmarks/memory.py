@@ -1,0 +1,200 @@
+"""Memory and time of training by method, planned and measured, beside PyTorch's.
+
+    python -m benchmarks.memory
+
+For each model, method and switch: what our compiled step plans (bytes of weights, gradients,
+optimizer state, temporaries, peak; nothing runs), what a process holds at most while it makes
+three steps, ours and PyTorch's with Meta's modules, and the time of a step.  On a CPU what a
+process holds is its peak resident memory above that of its imports; on a GPU each framework's own
+peak.  Every measurement has a process of its own and is written at once: a run that was stopped
+goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from benchmarks.timing import write
+from experiments import memory
+
+METHODS = (("full", 0), ("decoder", 0), ("lora+decoder", 4), ("lora+decoder", 64))
+METHODS += (("galore+decoder", 4), ("galore+decoder", 128))
+SWITCHES = ("", "remat", "bfloat16", "remat bfloat16")
+STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Memory and time of training by method, planned and measured."""
+
+    models: tuple[str, ...] = ("vit_b@512", "vit_b@1024", "sam2.1_hiera_base_plus@1024")
+    """Model and side of the frame."""
+    methods: tuple[str, ...] = tuple(f"{method} {rank}" for method, rank in METHODS)
+    """Method and rank."""
+    switches: tuple[str, ...] = SWITCHES
+    """Of ours; PyTorch's side knows bfloat16 (autocast) and no remat, as Meta's modules."""
+    batch: int = 1
+    """Images per step."""
+    kinds: tuple[str, ...] = ("plan", "ours", "torch")
+    """plan: compiled only; ours and torch: three steps."""
+    one: str | None = None
+    """Measures this (JSON) in this process, and prints it."""
+    out: Path = Path("benchmarks/results/memory.json")
+    """Where the figures go."""
+
+
+def plan(model: str, method: str, rank: int, switches: str, batch: int) -> dict[str, Any]:
+    """Our step, compiled."""
+    variant, size = model.split("@")
+    arguments = memory.Arguments(
+        variant=variant,
+        size=int(size),
+        batch=batch,
+        method=method,  # type: ignore[arg-type]
+        rank=max(rank, 1),
+        remat="all" if "remat" in switches else "no",
+        dtype="bfloat16" if "bfloat16" in switches else "float32",
+    )
+    return dataclasses.asdict(memory.measure(arguments, memory.make_mesh()))
+
+
+def steps(
+    kind: str, model: str, method: str, rank: int, switches: str, batch: int
+) -> dict[str, Any]:
+    """Three real steps: the peak of this process and the fastest step."""
+    from benchmarks.training import OurStep, noise_batch
+
+    variant, size = model.split("@")
+    config = memory.config_of(variant, int(size))
+    images = noise_batch(config, batch)
+    half = "bfloat16" in switches
+    on_gpu = jax.default_backend() == "gpu"
+    if kind == "torch":
+        import torch
+
+        from benchmarks.upstream_training import galore_adamw, make_step
+
+        galore_adamw()  # imports, before the base line
+        base = peak_rss()
+        device = "cuda" if on_gpu else "cpu"
+        _, step = make_step(config, method, max(rank, 1), images, device=device, half=half)
+    else:
+        base = peak_rss()
+        step = OurStep(
+            config,
+            method,
+            max(rank, 1),
+            images,
+            dtype="bfloat16" if half else "float32",
+            remat="remat" in switches,
+        )
+    losses, seconds = [], []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        losses.append(step())
+        seconds.append(round(time.perf_counter() - started, 3))
+    if on_gpu and kind == "torch":
+        held = torch.cuda.max_memory_allocated()
+    elif on_gpu:
+        held = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    else:
+        held = peak_rss() - base
+    return {"peak": held, "step_seconds": min(seconds[1:]), "losses": losses}
+
+
+def peak_rss() -> int:
+    """Bytes that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def wanted(arguments: Arguments) -> list[dict[str, Any]]:
+    """All measurements, in order."""
+    return [
+        {
+            "kind": kind,
+            "model": model,
+            "method": method.split()[0],
+            "rank": int(method.split()[1]),
+            "switches": switches,
+            "batch": arguments.batch,
+        }
+        for model in arguments.models
+        for method in arguments.methods
+        for switches in arguments.switches
+        for kind in arguments.kinds
+        if kind != "torch" or "remat" not in switches
+    ]
+
+
+def run(arguments: Arguments) -> list[dict[str, Any]]:
+    """Makes what is missing in the file; returns all entries."""
+    report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"entries": []}
+    device = jax.devices()[0].device_kind
+    done = [{**entry, "result": None} for entry in report["entries"]]
+    for settings in wanted(arguments):
+        entry = {**settings, "device": device}
+        if {**entry, "result": None} in done:
+            continue
+        command = [sys.executable, "-m", "benchmarks.memory", "--one", json.dumps(settings)]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.returncode:
+            raise RuntimeError(f"{settings}: {answer.stderr[-2000:]}")
+        entry["result"] = json.loads(answer.stdout.splitlines()[-1])
+        report["entries"].append(entry)
+        write(arguments.out, {**report, "jax": jax.__version__})
+        name = " ".join(str(settings[key]) for key in ("kind", "model", "method", "rank"))
+        print(f"{name} {settings['switches']}: {entry['result']['peak'] / 1e9:.3f} GB", flush=True)
+    return report["entries"]
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """GB of peak memory by method; times as ratios to full tuning without switches."""
+    found = {
+        (e["model"], f"{e['method']} {e['rank'] or ''}".strip(), e["switches"], e["kind"]): e
+        for e in entries
+    }
+    rows = dict.fromkeys(key[:3] for key in found)
+    lines = [
+        f"{'model':<30}{'method':<20}{'switches':<18}{'planned':>9}{'ours':>9}{'PyTorch':>9}"
+        f"{'time':>8}"
+    ]
+    for row in rows:
+        parts = [found.get((*row, kind)) for kind in ("plan", "ours", "torch")]
+        peaks = "".join(
+            "        -" if e is None else f"{e['result']['peak'] / 1e9:9.3f}" for e in parts
+        )
+        full = found.get((row[0], "full", "", "ours"))
+        ratio = "       -"
+        if full is not None and parts[1] is not None:
+            seconds = parts[1]["result"]["step_seconds"] / full["result"]["step_seconds"]
+            ratio = f"{seconds:8.2f}"
+        lines.append(f"{row[0]:<30}{row[1]:<20}{row[2]:<18}{peaks}{ratio}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m benchmarks.memory")
+    if arguments.one is not None:
+        settings = json.loads(arguments.one)
+        kind = settings.pop("kind")
+        found = plan(**settings) if kind == "plan" else steps(kind, **settings)
+        print(json.dumps(found))
+        return 0
+    print(table(run(arguments)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
