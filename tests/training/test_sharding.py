@@ -43,7 +43,7 @@ EVERY = bool(os.environ.get("SAMJAX_EVERY_SIZE"))
 MESHES = {  # the methods that are tried on each; compiling them all takes seven minutes
     "1 1 1": METHODS if EVERY else ("lora", "galore"),
     "2 2 2": METHODS if EVERY else ("lora", "galore"),
-    "8 1 1": METHODS if EVERY else ("lora",),
+    "8 1 1": METHODS if EVERY else (),
     "1 8 1": METHODS if EVERY else (),
 }
 
@@ -102,8 +102,9 @@ def test_parameters_and_optimizer_state_are_divided(runs):
                 print(f"{mesh}, {method}, {name}: {share:.3f} of one device's bytes")
                 assert len(many[name]) == 8
                 assert 1 / parts <= share <= most
-    copies = runs["8 1 1"]["lora"]["bytes"]["frozen"]
-    assert set(copies) == set(runs["1 1 1"]["lora"]["bytes"]["frozen"]), "data: each has all"
+    if EVERY:
+        copies = runs["8 1 1"]["lora"]["bytes"]["frozen"]
+        assert set(copies) == set(runs["1 1 1"]["lora"]["bytes"]["frozen"]), "data: each has all"
 
 
 @pytest.mark.slow
