@@ -83,9 +83,10 @@ def steps(
     if kind == "torch":
         import torch
 
-        from benchmarks.upstream_training import galore_adamw, make_step
+        from benchmarks.upstream_training import make_step
+        from convert.reference import galore_module
 
-        galore_adamw()  # imports, before the base line
+        galore_module("adamw")  # imports, before the base line
         base = peak_rss()
         device = "cuda" if on_gpu else "cpu"
         _, step = make_step(config, method, max(rank, 1), images, device=device, half=half)
@@ -141,10 +142,10 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
     """Makes what is missing in the file; returns all entries."""
     report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"entries": []}
     device = jax.devices()[0].device_kind
-    done = [{**entry, "result": None} for entry in report["entries"]]
+    done = [{k: v for k, v in entry.items() if k != "result"} for entry in report["entries"]]
     for settings in wanted(arguments):
         entry = {**settings, "device": device}
-        if {**entry, "result": None} in done:
+        if entry in done:
             continue
         command = [sys.executable, "-m", "benchmarks.memory", "--one", json.dumps(settings)]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)

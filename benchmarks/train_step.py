@@ -10,10 +10,11 @@ upstream ``torch.compile``.  GaLore's refresh falls into the warm-up.  The figur
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -22,6 +23,7 @@ from benchmarks.timing import alternate, machine, write
 from benchmarks.training import OurStep, noise_batch
 from benchmarks.upstream_training import make_step
 from experiments.memory import config_of
+from samjax.peft.presets import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +36,7 @@ class Arguments:
     """Side of the frame in pixels."""
     batch: int = 1
     """Images per step."""
-    method: Literal["lora", "lora+decoder", "decoder", "full", "galore", "galore+decoder"] = (
-        "lora+decoder"
-    )
+    method: Method = "lora+decoder"
     """What is trained; lora+decoder is SAMed's."""
     rank: int = 4
     """Of LoRA or GaLore."""
@@ -78,8 +78,6 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    import json
-
     arguments = tyro.cli(Arguments, args=argv, prog="python -m benchmarks.train_step")
     report = run(arguments)
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}

@@ -6,11 +6,7 @@ single mask, without a prompt) and trained parameters.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -116,16 +112,6 @@ def prepare(model: Any, method: str, rank: int) -> Any:
         return torch.optim.AdamW(plain, lr=1e-4, weight_decay=0.01)
     options = {"rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
     groups = [{"params": plain}, {"params": projected, **options}]
-    return galore_adamw()(groups, lr=1e-4, weight_decay=0.01, no_deprecation_warning=True)
-
-
-def galore_adamw() -> Any:
-    """galore-torch's optimizer without its package, whose ``__init__`` wants bitsandbytes."""
-    package = importlib.util.find_spec("galore_torch")
-    if package is None or package.submodule_search_locations is None:
-        raise ImportError("galore-torch is not installed: pip install --no-deps galore-torch")
-    name = "galore_torch_without_bitsandbytes"
-    shell = types.ModuleType(name)
-    shell.__path__ = list(package.submodule_search_locations)
-    sys.modules[name] = shell
-    return importlib.import_module(f"{name}.adamw").AdamW
+    return reference.galore_module("adamw").AdamW(
+        groups, lr=1e-4, weight_decay=0.01, no_deprecation_warning=True
+    )

@@ -12,12 +12,15 @@ import functools
 import importlib
 import importlib.util
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 from convert.torch_io import import_torch
 from samjax.models.sam import SamConfig
 from samjax.models.sam2_config import Sam2Config
+
+_GALORE = "galore_torch_without_bitsandbytes"
 
 
 def import_segment_anything() -> Any:
@@ -44,6 +47,19 @@ def _import_reference(package: str) -> Any:
         raise ImportError(
             f"Meta's reference code cannot be imported ({error}): pip install 'samjax[reference]'"
         ) from error
+
+
+def galore_module(name: str) -> Any:
+    """A module of galore-torch without its package, whose ``__init__`` wants bitsandbytes.
+
+    Raises ``ImportError`` if galore-torch, or transformers, which it needs, is not installed.
+    """
+    package = importlib.util.find_spec("galore_torch")
+    if package is None or package.submodule_search_locations is None:
+        raise ImportError("galore-torch is not installed: pip install --no-deps galore-torch")
+    shell = sys.modules.setdefault(_GALORE, types.ModuleType(_GALORE))
+    shell.__path__ = list(package.submodule_search_locations)
+    return importlib.import_module(f"{_GALORE}.{name}")
 
 
 def build_reference_sam(config: SamConfig) -> Any:

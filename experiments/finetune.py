@@ -42,6 +42,7 @@ from samjax.models.functional import init_params
 from samjax.models.sam import VARIANTS
 from samjax.models.weights import Config, resize_params
 from samjax.peft.lora import LoraConfig
+from samjax.peft.presets import Method
 from samjax.training.log import RunLog
 from samjax.training.loop import TrainingError
 from samjax.training.sharding import to_host
@@ -82,7 +83,7 @@ class Arguments(TrainingOptions):
     image_size: int | None = None
     """Side of the square model frame in pixels; by default the checkpoint's."""
 
-    method: Literal["lora", "lora+decoder", "decoder", "full", "galore", "galore+decoder"] = "lora"
+    method: Method = "lora"
     """What is trained: low-rank adapters, the mask decoder, everything; with galore, matrices by
     an optimizer that keeps its moments in few dimensions."""
     rank: int = 4

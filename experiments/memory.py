@@ -29,14 +29,22 @@ import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import segmentation as seg
-from experiments.options import REMAT
+from experiments.options import REMAT, RematName
 from samjax.models import sam, sam2_config
 from samjax.models.functional import abstract_params
 from samjax.models.weights import Config
 from samjax.peft.lora import LoraConfig
+from samjax.peft.presets import Method
 from samjax.training.log import write_json
 from samjax.training.loop import init_state, make_programs
-from samjax.training.sharding import BATCH, check_batch, make_mesh, param_shardings, state_placement
+from samjax.training.sharding import (
+    BATCH,
+    batch_parts,
+    check_batch,
+    make_mesh,
+    param_shardings,
+    state_placement,
+)
 
 BUDGETS = (8, 16, 24, 40, 80, 141)  # GB (10⁹ bytes) of common cards
 GB = 1e9
@@ -56,17 +64,17 @@ class Arguments:
     """Images per optimizer step, on all devices together."""
     accumulate: int = 1
     """Micro-batches per step."""
-    method: Literal["lora", "lora+decoder", "decoder", "full", "galore", "galore+decoder"] = "lora"
+    method: Method = "lora"
     """What is trained."""
     rank: int = 4
     """Of LoRA, or of GaLore."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters stay float32."""
-    remat: Literal["no", "dots", "all"] = "no"
+    remat: RematName = "no"
     """What of a block the backward pass computes anew."""
-    clip: Literal["global", "each", "none"] = "global"
+    clip: seg.Clip = "global"
     """A global norm is known only when all gradients are there; each or none let them go."""
-    moments: Literal["float32", "8bit"] = "float32"
+    moments: seg.Moments = "float32"
     """Of the optimizer's moments."""
     devices: int = 1
     """Devices of the mesh; on a CPU as many are pretended."""
@@ -210,7 +218,7 @@ def largest_batches(
 
     The peak grows linearly with the batch: from the asked one, and one with an image more a device.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * arguments.accumulate
+    parts = batch_parts(mesh) * arguments.accumulate
     more = measure(dataclasses.replace(arguments, batch=arguments.batch + parts), mesh)
     slope = max(more.peak - asked.peak, 1)
     budgets = [*BUDGETS, *([arguments.budget] if arguments.budget else [])]
@@ -224,7 +232,7 @@ def largest_batches(
 def proposals(arguments: Arguments, mesh: Mesh) -> list[tuple[str, Footprint]]:
     """Switches, each added to the ones before it, until the batch fits the budget."""
     assert arguments.budget is not None
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
     switches: list[tuple[str, dict[str, Any]]] = [
         ("--remat dots", {"remat": "dots"}),
         ("--remat all", {"remat": "all"}),

@@ -10,12 +10,14 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from experiments.segmentation import Clip, Moments
 from samjax.models.layers import Remat
 from samjax.peft.galore import Projection
 from samjax.training import schedules
 from samjax.training.sharding import make_mesh
 
-REMAT: dict[str, Remat] = {"no": False, "dots": "dots", "all": True}
+RematName = Literal["no", "dots", "all"]
+REMAT: dict[RematName, Remat] = {"no": False, "dots": "dots", "all": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class TrainingOptions:
     """Warmup steps."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay, on matrices."""
-    clip: Literal["global", "each", "none"] = "global"
+    clip: Clip = "global"
     """Gradients are clipped to norm 1: all together, or (with less memory) each array by itself."""
     dice_weight: float = 0.5
     """Share of Dice in the loss; the rest is cross-entropy."""
@@ -91,12 +93,12 @@ class TrainingOptions:
     """GaLore: factor of its steps."""
     galore_projection: Projection = "std"
     """GaLore: which side of a matrix is made short."""
-    moments: Literal["float32", "8bit"] = "float32"
+    moments: Moments = "float32"
     """Of the optimizer's moments: 8bit takes a quarter of the memory."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters stay float32."""
-    remat: Literal["no", "dots", "all"] = "no"
+    remat: RematName = "no"
     """What of a block the backward pass computes anew, for less memory in more time: nothing, all
     but its products with weights, or all."""
     cache_embeddings: Literal["no", "ram", "disk"] = "no"

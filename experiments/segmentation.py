@@ -31,15 +31,17 @@ from samjax.peft.eight_bit import eight_bit
 from samjax.peft.galore import galore, scale_by_adam_of_transformers
 from samjax.peft.lora import Adapter, LoraConfig, init_factors, merge
 from samjax.peft.paths import FREEZE, in_order, join, label_by_path, split_by_label, table
-from samjax.peft.presets import MASK_HEAD, RULES, WITH_FACTORS, by_label, label_for
+from samjax.peft.presets import EVERY_PROMPT, MASK_HEAD, RULES, WITH_FACTORS, by_label, label_for
 from samjax.training.clipping import clip_each
 from samjax.training.loop import adamw
 from samjax.training.losses import segmentation_loss
 from samjax.training.metrics import ImageScore, score_image
-from samjax.training.sharding import BATCH, param_shardings, place
+from samjax.training.sharding import BATCH, param_shardings, place, shardings_of
 from samjax.trees import Params, flatten, unflatten
 
 METHODS = tuple(RULES)
+Clip = Literal["global", "each", "none"]
+Moments = Literal["float32", "8bit"]
 FACTORS = "factors"  # the label of low-rank factors
 ARRAYS = ("image", "mask", "size", "coords", "labels")  # of a batch, what the loss reads
 
@@ -115,7 +117,7 @@ def prepare(
     lora: LoraConfig,
     num_classes: int = 1,
     fresh_head: bool = False,
-    prompts: Sequence[str] = ("points", "negatives", "box"),
+    prompts: Sequence[str] = EVERY_PROMPT,
     seed: int = 0,
     **options: Any,
 ) -> Tuning:
@@ -146,7 +148,7 @@ def on_mesh(tuning: Tuning, mesh: Mesh) -> Tuning:
 
 def placed_like(trainable: Params, tuning: Tuning) -> Params:
     """``trainable``, from the host, laid out as the tuning's own."""
-    return place(trainable, jax.tree.map(lambda leaf: leaf.sharding, tuning.trainable))
+    return place(trainable, shardings_of(tuning.trainable))
 
 
 def make_optimizer(
@@ -154,8 +156,8 @@ def make_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *,
     weight_decay: float,
-    clip: Literal["global", "each", "none"] = "global",
-    moments: Literal["float32", "8bit"] = "float32",
+    clip: Clip = "global",
+    moments: Moments = "float32",
     rank: int = 4,
     **galore_options: Any,
 ) -> optax.GradientTransformation:

@@ -5,6 +5,7 @@ Everything runs on a mesh, of one device or of many processes' devices.  The fir
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import segmentation as seg
 from experiments.options import TrainingOptions, is_first_process
@@ -27,12 +29,13 @@ from samjax.training.log import RunLog
 from samjax.training.loop import TrainingError, TrainState, fit, make_step
 from samjax.training.metrics import ImageScore, mean_over_classes, summarise
 from samjax.training.sharding import (
+    batch_parts,
     check_batch,
     place_batch,
     place_state,
-    placement_of,
     process_rows,
     replicate,
+    shardings_of,
     to_host,
 )
 from samjax.trees import Params
@@ -89,6 +92,7 @@ def optimise(
     rate = options.rate(steps)
     optimizer = make_optimizer(options, tuning, rank, rate)
     frame = {"frame_size": tuning.config.image_size, "fit": tuning.config.fit}
+    settings = {**options.fixed(), "base": base, "num_images": len(train)}
     arrays, place = seg.ARRAYS, partial(place_batch, mesh=mesh)
     if options.cache_embeddings != "no":
         if augment != "none":
@@ -96,7 +100,7 @@ def optimise(
                 f"--cache-embeddings {options.cache_embeddings} needs --augment none, not "
                 f"{augment}: an augmented image has another embedding"
             )
-        cache = cached_features(options, tuning, train, base)
+        cache = cached_features(options, tuning, train, settings)
         arrays = (*(name for name in seg.ARRAYS if name != "image"), "index")
 
         def place(batch: Any) -> Any:
@@ -109,7 +113,6 @@ def optimise(
     with ExitStack() as stack:
         checkpoints = None
         if options.checkpoint_every != 0:
-            settings = {**options.fixed(), "base": base, "images": len(train)}
             folder = options.out / "checkpoints"
             checkpoints = stack.enter_context(Checkpoints(folder, settings, keep=options.keep))
         watch = Watch(
@@ -143,7 +146,7 @@ def optimise(
             optimizer,
             options.accumulate,
             options.galore_gap if "galore" in tuning.method else None,
-            placement_of(state),
+            shardings_of(state),
             options.average or 0.0,
         )
 
@@ -253,11 +256,18 @@ class Watch:
 
 
 def cached_features(
-    options: TrainingOptions, tuning: seg.Tuning, train: SegmentationDataset, base: str
+    options: TrainingOptions,
+    tuning: seg.Tuning,
+    train: SegmentationDataset,
+    settings: Mapping[str, Any],
 ) -> FeatureCache:
-    """The frozen encoder's output for every training image, in memory or below ``--out``."""
+    """The frozen encoder's output for every training image, in memory or below ``--out``.
+
+    One on the disk serves a run with the same ``settings``, images included, and no other.
+    """
     fit = {"frame_size": tuning.config.image_size, "fit": tuning.config.fit}
-    encode = jax.jit(partial(seg.encode_frozen, tuning))
+    whole_everywhere = NamedSharding(tuning.mesh, PartitionSpec())
+    encode = jax.jit(partial(seg.encode_frozen, tuning), out_shardings=whole_everywhere)
 
     def whole(batch: Mapping[str, Any]) -> Any:
         return encode(tuning.frozen, {name: batch[name] for name in ("image", "size")})
@@ -268,7 +278,7 @@ def cached_features(
         make_loader(train, batch_size=1, cache=False, **fit),
         len(train),
         folder=options.out / f"embeddings_{jax.process_index()}" if on_disk else None,
-        fingerprint=f"{base} {len(train)} images, {fit}, {tuning.dtype}",
+        fingerprint=json.dumps(settings, default=str, sort_keys=True),
         progress=options.progress and is_first_process(),
     )
 
@@ -300,7 +310,7 @@ def evaluate(
     """Scores at original resolution for each prompt mode, and (example, prediction) pairs of the
     first images, by mode, for the overlays."""
     assert tuning.mesh is not None
-    parts = tuning.mesh.shape["data"] * tuning.mesh.shape["fsdp"]
+    parts = batch_parts(tuning.mesh)
     scores, shown = {}, {}
     for mode in modes:
         batches = make_loader(

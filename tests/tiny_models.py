@@ -29,6 +29,24 @@ SAM = SamConfig(
     iou_head_width=20,
 )
 
+# A square frame that an experiment may resize, and axes that eight devices divide.
+SAM_EVEN = SamConfig(
+    image_encoder=ViTConfig(
+        image_size=(64, 64),
+        patch_size=16,
+        width=32,
+        depth=2,
+        heads=2,
+        window=3,
+        global_blocks=(1,),
+        out_channels=16,
+    ),
+    mask_channels=8,
+    decoder_depth=1,
+    decoder_mlp_width=32,
+    iou_head_width=16,
+)
+
 # Small patches: 6 x 10 of them, so that windows of 4 need padding both ways.
 SAM_PADDED = SamConfig(
     image_encoder=ViTConfig(

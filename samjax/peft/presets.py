@@ -18,7 +18,7 @@ Low-rank factors (``samjax.peft.lora``) are no parameters of the model and come 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -45,6 +45,7 @@ _STAYS = (f"{BUFFER}|{UNREACHED}", FREEZE)
 _PROMPTING = ("(prompt_encoder|mask_decoder)/.*", ADAMW)
 _REST = (".*", FREEZE)
 
+Method = Literal["lora", "lora+decoder", "decoder", "full", "galore", "galore+decoder"]
 RULES: dict[str, list[tuple[str, str]]] = {
     "lora": [_REST],
     "lora+decoder": [_STAYS, _PROMPTING, _REST],
@@ -53,6 +54,7 @@ RULES: dict[str, list[tuple[str, str]]] = {
     "galore": [_STAYS, (f"{_MATRICES}|{_DECODER_MATRICES}", GALORE), (".*", ADAMW)],
     "galore+decoder": [_STAYS, (_MATRICES, GALORE), (_BLOCK + ".*", ADAMW), _PROMPTING, _REST],
 }
+EVERY_PROMPT = ("points", "negatives", "box")
 WITH_FACTORS = ("lora", "lora+decoder")
 
 
@@ -61,7 +63,7 @@ def label_for(
     method: str,
     *,
     fresh_head: bool = False,
-    prompts: Sequence[str] = ("points", "negatives", "box"),
+    prompts: Sequence[str] = EVERY_PROMPT,
 ) -> Any:
     """A tree like ``params`` (of a SAM or SAM 2) with a label at each leaf.
 

@@ -1,12 +1,11 @@
 """Checkpoints of a run, written by Orbax while training goes on, and stopping to be continued.
 
 A checkpoint holds the ``TrainState`` (step, trainable parameters or factors, the optimizer's
-moments and GaLore's bases) and a JSON text: the settings, the position in the data, whatever the
-caller adds. The schedule and everything random are functions of the step and the seed. Frozen
-parameters are not in it; a fingerprint of the base model belongs into the settings.
-
-The position is the number of batches taken, not Grain's iterator state, which cannot be read with
-another number of processes; arrays are restored onto whatever mesh the run has now.
+moments and GaLore's bases) and a JSON text: the settings, and whatever the caller adds. The
+schedule, everything random and the position in the data are functions of the step and the seed
+(Grain's iterator state could not be read with another number of processes). Frozen parameters are
+not in it; a fingerprint of the base model belongs into the settings. Arrays are restored onto
+whatever mesh the run has now.
 """
 
 from __future__ import annotations
@@ -31,6 +30,10 @@ from samjax.trees import flatten
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names its folder and what is wrong."""
+
+
+class _Damaged(CheckpointError):
+    """A checkpoint that cannot be read; the one before it may do."""
 
 
 class Checkpoints:
@@ -85,7 +88,7 @@ class Checkpoints:
         """
         step = int(state.step)
         self._kept.best_step = best_step
-        run = {"settings": self._settings, "data": {"next_batch": step}, "extra": dict(extra)}
+        run = {"settings": self._settings, "extra": dict(extra)}
         text = np.frombuffer(json.dumps(run).encode(), np.uint8)
         self._orbax.save_checkpointables_async(
             step, {"state": state, "run": {"json": text}}, force=True, overwrite=True
@@ -106,20 +109,13 @@ class Checkpoints:
         damaged = []
         for step in reversed(self.steps):
             try:
-                run = self._load(step, {"run": None})["run"]
-                run = json.loads(bytes(np.asarray(run["json"])))
-            except Exception as error:  # Orbax and TensorStore have no common one
-                damaged.append(self._damaged(step, error))
-                self._say(f"{damaged[-1]}; trying the one before it")
-                continue
-            self._compare(step, run["settings"])
-            try:
-                state = self._load(step, {"state": _abstract(like)})["state"]
-            except Exception as error:
-                damaged.append(self._damaged(step, error))
-                self._say(f"{damaged[-1]}; trying the one before it")
-                continue
-            return TrainState(*state), run["extra"]
+                text = self._load(step, "run", None)["json"]
+                run = json.loads(bytes(np.asarray(text)))
+                self._compare(step, run["settings"])
+                return self.restore_step(step, like), run["extra"]
+            except _Damaged as error:
+                damaged.append(str(error))
+                self._say(f"{error}; trying the one before it")
         if damaged:
             raise CheckpointError("no checkpoint can be used:\n  " + "\n  ".join(damaged))
         return None
@@ -129,17 +125,16 @@ class Checkpoints:
 
         Raises ``CheckpointError`` if it is gone or damaged.
         """
+        return TrainState(*self._load(step, "state", _abstract(like)))
+
+    def _load(self, step: int, name: str, abstract: Any) -> Any:
         try:
-            return TrainState(*self._load(step, {"state": _abstract(like)})["state"])
-        except Exception as error:
-            raise CheckpointError(self._damaged(step, error)) from error
-
-    def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        return self._orbax.load_checkpointables(step, abstract)
-
-    def _damaged(self, step: int, error: Exception) -> str:
-        reason = " ".join(str(error).split())[:160]
-        return f"checkpoint {self.folder}/{step} is damaged ({type(error).__name__}: {reason})"
+            return self._orbax.load_checkpointables(step, {name: abstract})[name]
+        except Exception as error:  # Orbax and TensorStore have no common one
+            reason = " ".join(str(error).split())[:160]
+            raise _Damaged(
+                f"checkpoint {self.folder}/{step} is damaged ({type(error).__name__}: {reason})"
+            ) from error
 
     def _compare(self, step: int, settings: dict[str, Any]) -> None:
         names = sorted(settings.keys() | self._settings.keys())

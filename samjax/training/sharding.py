@@ -66,9 +66,19 @@ def make_mesh(
     return mesh
 
 
+def shardings_of(tree: Any) -> Any:
+    """The sharding of each array (or shape with a sharding); of a state, for ``make_step``."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is divided into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """``ValueError`` if a batch, or a micro-batch of it, does not divide over the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
     if batch_size % (parts * accumulate):
         raise ValueError(
             f"a batch of {batch_size} in {accumulate} micro-batches does not divide over data "
@@ -90,7 +100,7 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
 
 
 def _rows_of_process(mesh: Mesh) -> tuple[int, int] | None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
     index = NamedSharding(mesh, BATCH).addressable_devices_indices_map((parts,))
     own = sorted({part[0].indices(parts)[0] for part in index.values() if part is not None})
     side_by_side = own == list(range(own[0], own[0] + len(own)))
@@ -171,7 +181,7 @@ def state_placement(
 ) -> TrainState:
     """The sharding of each array of the state of a ``trainable`` (arrays, or shapes with
     shardings); for ``make_step``."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    shardings = shardings_of(trainable)
     shapes = jax.eval_shape(optimizer.init, trainable)
     counter: Any = NamedSharding(mesh, PartitionSpec())
     state = state_shardings(shapes, trainable, shardings, mesh)
@@ -185,11 +195,6 @@ def place_state(
     placement = state_placement(trainable, optimizer, mesh, average)
     init = partial(init_state, optimizer=optimizer, average=average)
     return jax.jit(init, out_shardings=placement)(trainable)
-
-
-def placement_of(state: TrainState) -> TrainState:
-    """The sharding of each array of a state that is there."""
-    return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
 def place(tree: Any, shardings: Any) -> Any:

@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 from samjax.data.phantom import write_phantom_folder
 from samjax.models.functional import init_params
-from samjax.models.sam import SamConfig, ViTConfig
+from samjax.models.sam import SamConfig
 from samjax.models.weights import save_weights
 
 
@@ -18,22 +18,7 @@ def compiled_quickly(quick_compilation):
 
 @pytest.fixture(scope="session")
 def tiny_config() -> SamConfig:
-    return SamConfig(
-        image_encoder=ViTConfig(
-            image_size=(64, 64),
-            patch_size=16,
-            width=24,
-            depth=2,
-            heads=2,
-            window=3,
-            global_blocks=(1,),
-            out_channels=16,
-        ),
-        mask_channels=8,
-        decoder_depth=1,
-        decoder_mlp_width=20,
-        iou_head_width=12,
-    )
+    return tiny_models.SAM_EVEN
 
 
 @pytest.fixture(scope="session")

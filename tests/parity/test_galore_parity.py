@@ -1,15 +1,12 @@
 """GaLore against jiaweizzhao/GaLore's own optimizer, `galore_torch.GaLoreAdamW`."""
 
-import importlib.util
-import sys
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from convert.reference import galore_module
 from samjax.peft.galore import canonical_signs, galore
 
 torch = pytest.importorskip("torch")
@@ -20,19 +17,15 @@ STEPS, GAP, RANK = 50, 10, 6
 
 @pytest.fixture(scope="module")
 def upstream():
-    """Its two modules without the package, whose __init__ wants bitsandbytes.
+    """Its optimizer.
 
     Singular vectors get the same signs there: which ones LAPACK gives is chance.
     """
-    package = importlib.util.find_spec("galore_torch")
-    if package is None or importlib.util.find_spec("transformers") is None:
-        pytest.skip("galore-torch and transformers are not installed")
-    name = "galore_torch_without_bitsandbytes"
-    shell = types.ModuleType(name)
-    shell.__path__ = list(package.submodule_search_locations)
-    sys.modules[name] = shell
-    adamw = importlib.import_module(f"{name}.adamw")
-    projector = importlib.import_module(f"{name}.galore_projector").GaLoreProjector
+    try:
+        adamw = galore_module("adamw")
+    except ImportError as error:
+        pytest.skip(str(error))
+    projector = galore_module("galore_projector").GaLoreProjector
     find = projector.get_orthogonal_matrix
 
     def with_signs(self, weights, rank, type):
@@ -49,8 +42,6 @@ def upstream():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(projector, "get_orthogonal_matrix", with_signs)
         yield adamw.AdamW
-    for module in [m for m in sys.modules if m.startswith(name)]:
-        del sys.modules[module]
 
 
 def problem():

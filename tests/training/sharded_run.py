@@ -16,7 +16,6 @@ from experiments import segmentation as seg
 from experiments.options import Devices
 from samjax.data import make_loader
 from samjax.models.functional import init_params
-from samjax.models.sam import SamConfig, ViTConfig
 from samjax.peft.lora import LoraConfig
 from samjax.training.checkpoint import Checkpoints
 from samjax.training.loop import fit, make_step
@@ -25,27 +24,12 @@ from samjax.training.sharding import (
     make_mesh,
     place_batch,
     place_state,
-    placement_of,
     process_rows,
     replicate,
+    shardings_of,
 )
+from tiny_models import SAM_EVEN as CONFIG
 
-CONFIG = SamConfig(
-    image_encoder=ViTConfig(
-        image_size=(64, 48),
-        patch_size=16,
-        width=32,
-        depth=2,
-        heads=2,
-        window=3,
-        global_blocks=(1,),
-        out_channels=16,
-    ),
-    mask_channels=8,
-    decoder_depth=1,
-    decoder_mlp_width=32,
-    iou_head_width=16,
-)
 STEPS, GAP = 5, 2
 
 
@@ -57,9 +41,9 @@ class Discs:
 
     def __getitem__(self, index):
         rng = np.random.default_rng(index)
-        rows, columns = np.mgrid[:64, :48]
+        rows, columns = np.mgrid[:64, :64]
         mask = (rows - 20 - 3 * index) ** 2 + (columns - 24) ** 2 < 100 + 20 * index
-        image = rng.integers(0, 100, (64, 48, 3)) + 120 * mask[..., None]
+        image = rng.integers(0, 100, (64, 64, 3)) + 120 * mask[..., None]
         return {"image": image.astype(np.uint8), "mask": mask.astype(np.uint8), "name": str(index)}
 
 
@@ -94,7 +78,7 @@ def curve(method, mesh):
     state = place_state(tuning.trainable, optimizer, mesh)
     gap = GAP if method == "galore" else None
     step = make_step(
-        partial(seg.batch_loss, tuning), optimizer, refresh_gap=gap, placement=placement_of(state)
+        partial(seg.batch_loss, tuning), optimizer, refresh_gap=gap, placement=shardings_of(state)
     )
     parts = {"trainable": state.trainable, "optimizer": state.optimizer, "frozen": tuning.frozen}
     held = {name: sorted(bytes_per_device(part).values()) for name, part in parts.items()}
@@ -128,7 +112,7 @@ def run(folder, steps, save, mesh):
         fit(
             state,
             tuning.frozen,
-            make_step(partial(seg.batch_loss, tuning), optimizer, 2, placement=placement_of(state)),
+            make_step(partial(seg.batch_loss, tuning), optimizer, 2, placement=shardings_of(state)),
             watched(loader(mesh, int(state.step))),
             steps=steps,
             key=replicate(jax.random.key(0), mesh),

@@ -52,7 +52,7 @@ def start(*arguments, devices=8):
     environment = {
         **os.environ,
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
         "PYTHONWARNINGS": "ignore",
     }
     command = [sys.executable, str(RUN), *map(str, arguments)]
