@@ -8,7 +8,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS ?= convert,video,volumes,dev
+EXTRAS ?= convert,video,volumes,dicom,coco,tfds,dev
 PYTEST_ARGS ?=
 JOBS ?= 2
 
@@ -20,7 +20,7 @@ endif
 
 # What the tests compare with. The second list is installed without dependencies, which would bring
 # CUDA, and built beside the PyTorch that is there: what they need is in the first list or there.
-REFERENCE_NEEDS := peft hydra-core iopath setuptools
+REFERENCE_NEEDS := peft hydra-core iopath scikit-image scikit-learn setuptools
 REFERENCE := torchvision segment-anything sam2 monai medpy galore-torch loralib
 # Bytecode is compiled when a module is first used, which is sooner done than for all of them.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \

@@ -1,7 +1,7 @@
 """Writes constraints.txt: `python .ci/lock.py python3.11 python3.12` (or `make lock`).
 
-Resolves the core and the extras `convert`, `dev`, `video` and `volumes` of pyproject.toml with pip
-under Python 3.11, and all but `convert` under a newer Python. A package that both resolve to one
+Resolves the core and the extras that the tests need with pip under Python 3.11, and all of them
+but `convert` under a newer Python. A package that both resolve to one
 version gets one line, one that differs gets a line for each Python. torch and what it needs are
 resolved under 3.11 only, and pinned for both: on Linux an installation of torch may bring several
 GB of CUDA, which torch itself pins to the last digit.
@@ -30,6 +30,7 @@ FIXED = {
 }
 # What sam2 and medpy need beside; resolved by name because building sam2's metadata needs torch.
 REFERENCE_NEEDS = ["hydra-core>=1.3.2", "iopath>=0.1.10", "simpleitk>=2.1"]
+REFERENCE_NEEDS += ["scikit-image>=0.24", "scikit-learn>=1.5"]
 # Needs torch itself.
 REFERENCE_ON_TORCH = ["peft>=0.17"]
 
@@ -70,8 +71,9 @@ def main() -> None:
         sys.exit(f"usage: {sys.argv[0]} PYTHON_3_11 PYTHON_3_12_OR_NEWER")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    names = ("dev", "video", "volumes")
+    names = ("coco", "dev", "dicom", "tfds", "video", "volumes")
     common = project["dependencies"] + REFERENCE_NEEDS + [r for n in names for r in extras[n]]
+    common = [line for line in common if not line.startswith("samjax[")]
     torch = [*extras["convert"], *REFERENCE_ON_TORCH, f"torch=={FIXED['torch']}"]
     old = resolve(sys.argv[1], common + torch)
     new = resolve(sys.argv[2], common)

@@ -65,6 +65,7 @@ def plan(model: str, method: str, rank: int, switches: str, batch: int) -> dict[
         rank=max(rank, 1),
         remat="all" if "remat" in switches else "no",
         dtype="bfloat16" if "bfloat16" in switches else "float32",
+        clip="none",
     )
     return dataclasses.asdict(memory.measure(arguments, memory.make_mesh()))
 

@@ -1,4 +1,7 @@
-"""Our training step, as the benchmarks run it: one batch of noise, without a prompt."""
+"""Our training step, as the benchmarks run it: one batch of noise, without a prompt.
+
+Gradients are not clipped, as SAMed and MedSAGa do not, on neither side.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +64,12 @@ class OurStep:
             remat=remat,
         )
         del params
-        optimizer = seg.make_optimizer(tuning, 1e-4, weight_decay=0.01, rank=rank, update_gap=GAP)
+        optimizer = seg.make_optimizer(
+            tuning, 1e-4, weight_decay=0.01, clip="none", rank=rank, update_gap=GAP
+        )
         self._state = init_state(tuning.trainable, optimizer)
         self._frozen, self._key = tuning.frozen, jax.random.key(0)
-        self._batch = {name: jnp.asarray(batch[name]) for name in seg.ARRAYS}
+        self.feed(batch)
         self._step = make_step(
             partial(
                 seg.batch_loss, dataclasses.replace(tuning, trainable={})
@@ -72,6 +77,10 @@ class OurStep:
             optimizer,
             refresh_gap=GAP if "galore" in method else None,
         )
+
+    def feed(self, batch: dict[str, np.ndarray]) -> None:
+        """Another batch for the steps from now on."""
+        self._batch = {name: jnp.asarray(batch[name]) for name in seg.ARRAYS}
 
     def __call__(self) -> float:
         self._state, metrics = self._step(self._state, self._frozen, self._batch, self._key)

@@ -37,7 +37,6 @@ def make_step(
     build = reference.build_reference_sam2 if sam2 else reference.build_reference_sam
     model = reference.randomise(build(config), 0).to(device).train()
     optimizer = prepare(model, method, rank)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     mean, std = (np.array(v, np.float32) for v in (config.pixel_mean, config.pixel_std))
     pixels = ((batch["image"] - mean) / std).transpose(0, 3, 1, 2)
     images = torch.from_numpy(np.ascontiguousarray(pixels, np.float32)).to(device)
@@ -72,7 +71,6 @@ def make_step(
         dice = 1 - (2 * both + 1) / (total + 1)
         loss = (0.5 * functional.binary_cross_entropy_with_logits(z, target) + 0.5 * dice).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         return loss.item()
 

@@ -25,15 +25,16 @@ import numpy as np
 import tyro
 
 from experiments.segmentation import ARRAYS, valid_pixels
+from samjax.atomic import write_json
 from samjax.data import Augment, make_loader
 from samjax.data.phantom import LOOKS, make_phantom, target_mask
+from samjax.metrics import score_image, summarise
 from samjax.models.functional import bind, init_params
 from samjax.models.ops import resize_bilinear
 from samjax.models.sam import SamConfig, vit_xs
-from samjax.training.log import RunLog, write_json
+from samjax.training.log import RunLog
 from samjax.training.loop import adamw, fit, init_state, make_step
 from samjax.training.losses import segmentation_loss
-from samjax.training.metrics import score_image, summarise
 from samjax.training.schedules import warmup_cosine
 from samjax.trees import Params
 

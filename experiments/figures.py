@@ -17,80 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from scipy import ndimage
 
 from samjax.atomic import atomic_write
+from samjax.drawing import COLOURS, Colour, as_labels, as_rgb, overlay
 
-Colour = tuple[int, int, int]
-# Bright, unlike tissue and each other, and distinct to colour-blind readers too.
-COLOURS: tuple[Colour, ...] = (
-    (0, 229, 255),
-    (255, 64, 220),
-    (255, 235, 0),
-    (60, 255, 90),
-    (255, 140, 0),
-    (120, 140, 255),
-    (255, 255, 255),
-    (255, 70, 70),
-)
 _CELL, _SPACE, _GAP = 2.6, 0.06, 0.25  # inches: picture, between pictures, between cases
 _CAPTION, _MARGIN = 0.32, 0.12  # inches: above each picture, around the sheet
 _PIXELS = 480  # longest side of a picture on a sheet
 _NAME_LENGTH = 34  # letters of a name that fit above a picture
-
-
-def overlay(
-    image: np.ndarray,
-    mask: np.ndarray,
-    colours: Sequence[Colour] = COLOURS,
-    fill: float = 0.25,
-) -> np.ndarray:
-    """An image with the regions of a label map tinted and outlined.
-
-    Args:
-        image: uint8 (h, w, 3) or (h, w).
-        mask: integer or bool (h, w); 0 is background, class i gets colours[i - 1], in turn.
-        colours: RGB, 0..255.
-        fill: opacity of the tint, 0..1; the outline is opaque, inside the region, and about one
-            300th of the longer side wide.
-
-    Returns:
-        uint8 (h, w, 3); the arguments stay as they are.
-
-    Raises:
-        ValueError: an image or mask of another kind, or of different sizes.
-    """
-    image = _rgb(image, "image")
-    mask = _labels(mask, "mask", image.shape[:2])
-    result = image.astype(np.float32)
-    width = max(1, round(max(mask.shape) / 300))
-    for label in np.unique(mask[mask != 0]):
-        region = mask == label
-        colour = np.array(colours[(label - 1) % len(colours)], np.float32)
-        inner = ndimage.binary_erosion(region, iterations=width, border_value=1)
-        result[region] += fill * (colour - result[region])
-        result[np.logical_xor(region, inner)] = colour
-    return np.clip(result + 0.5, 0, 255).astype(np.uint8)
-
-
-def _rgb(image: np.ndarray, name: str) -> np.ndarray:
-    """The image as uint8 (h, w, 3), checked."""
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-        raise ValueError(
-            f"{name} is {image.dtype} {image.shape}, expected uint8 (h, w, 3) or (h, w)"
-        )
-    return image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
-
-
-def _labels(mask: np.ndarray, name: str, size: tuple[int, ...]) -> np.ndarray:
-    """The label map as int32, checked."""
-    mask = np.asarray(mask)
-    if mask.dtype != bool and not np.issubdtype(mask.dtype, np.integer):
-        raise ValueError(f"{name} is {mask.dtype}, expected integer labels or bool")
-    if mask.shape != size:
-        raise ValueError(f"{name} has shape {mask.shape}, the image {size}")
-    return mask.astype(np.int32)
 
 
 class Case(NamedTuple):
@@ -131,7 +65,7 @@ def overlay_sheet(
         ValueError: no case, or an image or mask that does not fit (named).
     """
     cases = [row if isinstance(row, Case) else Case(*row) for row in rows]
-    cases = [case._replace(image=_rgb(case.image, f"{case.name}: image")) for case in cases]
+    cases = [case._replace(image=as_rgb(case.image, f"{case.name}: image")) for case in cases]
     if not cases:
         raise ValueError("there is no case to draw")
     across = cases_per_row or (1 if len(cases) <= 8 else 2 if len(cases) <= 32 else 3)
@@ -270,7 +204,7 @@ def _pictures(
         return array if small == 1 else np.asarray(Image.fromarray(array).resize(size, how))
 
     def drawn(kind: str, mask: np.ndarray) -> np.ndarray:
-        mask = _labels(mask, f"{case.name}: {kind}", image.shape[:2])
+        mask = as_labels(mask, f"{case.name}: {kind}", image.shape[:2])
         return overlay(picture, shrunk(mask, Image.Resampling.NEAREST), colours, fill=0.2)
 
     picture = shrunk(image, Image.Resampling.BOX)

@@ -97,12 +97,12 @@ class Arguments(TrainingOptions):
     parts: tuple[Literal["image_encoder", "mask_decoder"], ...] = ("image_encoder", "mask_decoder")
     """LoRA: which parts of the model are adapted."""
 
-    prompt: tuple[Literal["none", "points", "box"], ...] = ("none",)
+    prompt: tuple[Literal["none", "points", "box", "points+box"], ...] = ("none",)
     """Prompt modes; of several, one is drawn anew for each example in each epoch."""
     num_points: int = 1
     """Points per prompt of mode points."""
-    augment: Literal["none", "light", "strong"] = "light"
-    """Augmentation of image and mask together."""
+    augment: Literal["none", "light", "strong", "sam2lora", "samed", "hsam", "samora"] = "light"
+    """Augmentation of image and mask together; the last four as those papers' code has it."""
 
     torch_export: bool = True
     """Write the merged model for Meta's code too (needs PyTorch: samjax[convert])."""

@@ -30,12 +30,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import segmentation as seg
 from experiments.options import REMAT, RematName
+from samjax.atomic import write_json
 from samjax.models import sam, sam2_config
 from samjax.models.functional import abstract_params
 from samjax.models.weights import Config
 from samjax.peft.lora import LoraConfig
 from samjax.peft.presets import Method
-from samjax.training.log import write_json
 from samjax.training.loop import init_state, make_programs
 from samjax.training.sharding import (
     BATCH,

@@ -12,9 +12,9 @@ import numpy as np
 
 from experiments.figures import Case, curve, overlay_sheet
 from experiments.segmentation import Tuning
+from samjax.atomic import write_json
+from samjax.metrics import ImageScore, summarise
 from samjax.models.weights import save_weights
-from samjax.training.log import write_json
-from samjax.training.metrics import ImageScore, summarise
 from samjax.trees import Params
 
 Shown = dict[str, list[tuple[dict, np.ndarray]]]  # by prompt mode: (example, predicted label map)

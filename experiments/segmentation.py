@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from samjax.metrics import ImageScore, score_image
 from samjax.models.functional import bind, init_params
 from samjax.models.layers import Remat
 from samjax.models.mask_decoder import MaskPrediction
@@ -35,7 +36,6 @@ from samjax.peft.presets import EVERY_PROMPT, MASK_HEAD, RULES, WITH_FACTORS, by
 from samjax.training.clipping import clip_each
 from samjax.training.loop import adamw
 from samjax.training.losses import segmentation_loss
-from samjax.training.metrics import ImageScore, score_image
 from samjax.training.sharding import BATCH, param_shardings, place, shardings_of
 from samjax.trees import Params, flatten, unflatten
 

@@ -20,14 +20,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments import segmentation as seg
 from experiments.options import TrainingOptions, is_first_process
 from experiments.results import MOST_SHOWN, Shown
-from samjax.data import Augment, SegmentationDataset, make_loader
+from samjax.data import SegmentationDataset, augmentation, make_loader
 from samjax.data.pipeline import Loader
+from samjax.metrics import ImageScore, mean_over_classes, summarise
 from samjax.peft.adapter_files import write_adapter
 from samjax.training.checkpoint import CheckpointError, Checkpoints, Preemption, fingerprint
 from samjax.training.features import FeatureCache
 from samjax.training.log import RunLog
 from samjax.training.loop import TrainingError, TrainState, fit, make_step
-from samjax.training.metrics import ImageScore, mean_over_classes, summarise
 from samjax.training.sharding import (
     batch_parts,
     check_batch,
@@ -132,7 +132,7 @@ def optimise(
             batch_size=batch_size,
             seed=options.seed,
             shuffle=True,
-            augment=Augment.preset(augment),
+            augment=augmentation(augment),
             num_epochs=None,
             start_step=int(state.step),
             workers=options.workers,

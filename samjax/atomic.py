@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _SIZE_PROBLEMS = {
     errno.ENOSPC: "the disk is full",
@@ -110,3 +112,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         # and some network file systems refuse this call, so a refusal is no failure to write.
         with contextlib.suppress(OSError):
             _fsync(target.parent, os.O_RDONLY)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON with sorted layout, atomically; NaN is refused (it is not JSON)."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
+import compiling
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 jax.config.update("jax_enable_x64", False)
@@ -57,9 +59,9 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
-def quick_compilation():
+def quick_compilation(monkeypatch):
     """For modules of small models, which take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    compiling.be_quick(monkeypatch)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

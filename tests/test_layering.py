@@ -22,9 +22,11 @@ MAY_IMPORT = {
     "samjax.prompt_labels": set(),
     "samjax.trees": set(),
     "samjax.frame": set(),
+    "samjax.drawing": set(),
     "samjax.models": {"samjax.trees"},
     "samjax.peft": {"samjax.trees"},
-    "samjax.data": {"samjax.frame"},  # not the trees, which bring jax
+    "samjax.data": {"samjax.drawing", "samjax.frame"},  # not the trees, which bring jax
+    "samjax.metrics": set(),
     "samjax.training": {"samjax.peft", "samjax.trees"},  # its labels say where arrays lie
     "samjax.predictor": {"samjax.frame", "samjax.models", "samjax.trees"},
     "samjax.video": {
@@ -47,11 +49,14 @@ MAY_IMPORT_FROM_ELSEWHERE = {
     "samjax.prompt_labels": set(),
     "samjax.trees": {"flax", "jax", "numpy"},
     "samjax.frame": {"numpy", "PIL"},
+    "samjax.drawing": {"numpy", "scipy"},
     "samjax.models": {"flax", "jax", "jaxtyping", "numpy", "safetensors"},
     "samjax.peft": {"jax", "jaxtyping", "numpy", "optax", "safetensors"},
     "samjax.data": {
-        *("absl", "grain", "nibabel", "numpy", "PIL", "scipy", "SimpleITK", "tqdm", "tyro"),
+        *("absl", "array_record", "etils", "grain", "h5py", "highdicom", "nibabel", "numpy", "PIL"),
+        *("pycocotools", "pydicom", "scipy", "SimpleITK", "tensorflow_datasets", "tqdm", "tyro"),
     },
+    "samjax.metrics": {"matplotlib", "numpy", "scipy"},
 }
 # Imported inside functions only, and never in samjax.
 TORCH = {"torch", "torchvision", "segment_anything", "sam2"}

@@ -1,10 +1,8 @@
-"""A folder of images and a folder of masks as a random access data set, and its split."""
+"""A folder of images and a folder of masks as a random access data set."""
 
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from samjax.data.images import (
     DataError,
@@ -22,18 +20,6 @@ _DOCUMENT_SUFFIXES = frozenset(
     | {".html", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".db", ".ini", ".log", ".py", ".ipynb"}
 )
 _SEPARATORS = "_-. "
-
-
-class SegmentationDataset(Protocol):
-    """What the pipeline reads from: anything with a length and examples by index.
-
-    An example is `{"image": uint8 (h, w, 3) RGB, "mask": uint8 (h, w), "name": str}`; the mask is
-    a label map with 0 for the background and 1..k for the classes.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 class FolderDataset:
@@ -113,48 +99,6 @@ class FolderDataset:
                 f"{len(problems)} of {len(self)} pairs in {self.images_dir} and {self.masks_dir} "
                 "cannot be used:\n  " + "\n  ".join(problems)
             )
-
-
-class Subset:
-    """Some examples of a data set, in the given order."""
-
-    def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
-        self.dataset = dataset
-        self.indices = tuple(int(index) for index in indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
-        return self.dataset[self.indices[index]]
-
-
-def split(dataset: SegmentationDataset, fraction: float, seed: int) -> tuple[Subset, Subset]:
-    """Splits a data set at random into a training and a validation part.
-
-    The parts are disjoint and depend on length, fraction and seed only. Examples count as
-    independent: where several come from one patient, keep two folders instead.
-
-    Args:
-        dataset: at least two examples.
-        fraction: of the examples that become validation, between 0 and 1; at least one example
-            goes to each side.
-        seed: of the draw.
-
-    Returns:
-        (training, validation)
-
-    Raises:
-        ValueError: `fraction` outside (0, 1), or fewer than two examples.
-    """
-    if not 0.0 < fraction < 1.0:
-        raise ValueError(f"validation fraction {fraction}: expected between 0 and 1, both excluded")
-    count = len(dataset)
-    if count < 2:
-        raise ValueError(f"a split needs at least 2 examples, the data set has {count}")
-    held_out = min(max(round(count * fraction), 1), count - 1)
-    order = np.random.default_rng(seed).permutation(count).tolist()
-    return Subset(dataset, sorted(order[held_out:])), Subset(dataset, sorted(order[:held_out]))
 
 
 def _checked_classes(classes: Sequence[int]) -> tuple[int, ...]:

@@ -26,6 +26,16 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return _from_itk(sitk, image, *_edges_and_origin(image))
 
 
+def itk_shape(path: Path) -> tuple[int, ...]:
+    """The shape of a file that SimpleITK reads by itself, from its header."""
+    sitk = library("SimpleITK")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    with _itk_errors(sitk, f"{path}: not a readable volume"):
+        reader.ReadImageInformation()
+    return tuple(reader.GetSize())
+
+
 def _edges_and_origin(image: Any) -> tuple[np.ndarray, np.ndarray]:
     """The edges of a voxel, columns of (3, 3), and where the first one lies, (3,); LPS in mm."""
     spacing = np.array(image.GetSpacing())

@@ -8,19 +8,20 @@ order, augmentation and prompts.
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, get_args
 
 import grain
 import numpy as np
 from absl import flags
 
-from samjax.data.folder import SegmentationDataset
 from samjax.data.images import DataError
-from samjax.data.prompts import as_modes, num_slots, sample_prompt
-from samjax.data.transforms import Augment
+from samjax.data.prompts import as_jitter, as_modes, num_slots, sample_prompt
+from samjax.data.regions import as_region
+from samjax.data.subsets import SegmentationDataset
+from samjax.data.transforms import Augment, Augmentation
 from samjax.frame import Fit, pad_to_frame, resize, size_in_frame
 from samjax.prompt_labels import INVALID
 
@@ -69,11 +70,13 @@ def make_loader(
     batch_size: int,
     seed: int = 0,
     shuffle: bool = False,
-    augment: Augment | None = None,
+    augment: Augmentation | None = None,
     prompt_modes: str | Sequence[str] = "none",
     num_points: int = 1,
     num_negatives: int = 0,
-    box_jitter: float = 0.1,
+    box_jitter: float | None = None,
+    region: str = "foreground",
+    box_rule: str = "sides",
     num_epochs: int | None = 1,
     drop_remainder: bool = False,
     start_step: int = 0,
@@ -97,9 +100,9 @@ def make_loader(
         batch_size: rows in a batch, of all hosts together.
         seed: of order, augmentation and prompts, 0 to 2^32 - 1.
         shuffle: a new order each epoch; otherwise that of the data set.
-        augment: see `Augment`; None for none.
-        prompt_modes, num_points, num_negatives, box_jitter: see `sample_prompt`. Of several
-            modes one is drawn for each example.
+        augment: see `Augment` and `paper_augment`, or anything of that form; None for none.
+        prompt_modes, num_points, num_negatives, box_jitter, region, box_rule: see `sample_prompt`.
+            Of several modes one is drawn for each example.
         num_epochs: None never ends.
         drop_remainder: see above.
         start_step: number of batches to skip, without computing them.
@@ -114,13 +117,21 @@ def make_loader(
             `batch_size / process_count` rows of every batch.
 
     Raises:
-        ValueError: an argument out of its range, an empty data set, or no whole batch in it.
+        ValueError: an argument out of its range, an empty data set, or no whole batch in it;
+            (when iterated) an augmentation that makes something else than `Augmentation` says.
         DataError: (when iterated) an example that cannot be used.
     """
     modes = as_modes(prompt_modes)
     slots = num_slots(modes, num_points, num_negatives)
-    if not 0.0 <= box_jitter < 0.5:
-        raise ValueError(f"box_jitter {box_jitter}: expected at least 0 and below 0.5")
+    prompt = partial(
+        sample_prompt,
+        mode=modes,
+        num_points=num_points,
+        num_negatives=num_negatives,
+        box_jitter=as_jitter(box_jitter, box_rule),
+        region=as_region(region),
+        box_rule=box_rule,
+    )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed}: expected 0 to 2^32 - 1")
     if not 0 <= process_index < process_count:
@@ -150,16 +161,7 @@ def make_loader(
     if shuffle:
         positions = positions.map_with_index(_Shuffled(len(dataset), seed))
     examples = positions.map(_ResizedExamples(dataset, frame_size, fit, cache))
-    finish = _FinishExample(
-        frame_size=frame_size,
-        augment=augment or Augment(),
-        modes=modes,
-        slots=slots,
-        num_points=num_points,
-        num_negatives=num_negatives,
-        box_jitter=box_jitter,
-    )
-    examples = examples.random_map(finish)
+    examples = examples.random_map(_FinishExample(frame_size, augment or Augment(), prompt))
 
     num_batches = None
     if num_epochs is not None:
@@ -265,36 +267,35 @@ class _ResizedExamples:
                 f"{mask.dtype} {mask.shape}; expected uint8 (h, w, 3) and uint8 (h, w)"
             )
         size = size_in_frame(mask.shape, self._frame_size, self._fit)
-        return {
-            "image": resize(image, size),
-            "mask": resize(mask, size),
-            "original_size": mask.shape,
-            "index": index,
-        }
+        resized = {"image": resize(image, size), "mask": resize(mask, size)}
+        for array in resized.values():
+            # It may be cached: an augmentation that writes into it must fail, not change it.
+            array.setflags(write=False)
+        return {**resized, "original_size": mask.shape, "index": index}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _FinishExample:
     """Augments, draws the prompt, pads to the frame."""
 
     frame_size: tuple[int, int]
-    augment: Augment
-    modes: tuple[str, ...]
-    slots: int
-    num_points: int
-    num_negatives: int
-    box_jitter: float
+    augment: Augmentation
+    prompt: Callable[..., tuple[np.ndarray, np.ndarray]]  # of a mask, `rng=` besides
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         image, mask = self.augment(example["image"], example["mask"], rng, self.frame_size)
-        coords, labels = sample_prompt(
-            mask > 0,
-            self.modes,
-            rng,
-            num_points=self.num_points,
-            num_negatives=self.num_negatives,
-            box_jitter=self.box_jitter,
-        )
+        if (
+            not (image.dtype == mask.dtype == np.uint8)
+            or image.shape != (*mask.shape, 3)
+            or not mask.size
+            or any(np.greater(mask.shape, self.frame_size))
+        ):
+            raise ValueError(
+                f"{self.augment} made image {image.dtype} {image.shape} and mask {mask.dtype} "
+                f"{mask.shape} of example {example['index']}; expected uint8 (h, w, 3) and uint8 "
+                f"(h, w) that fit into the frame {self.frame_size}"
+            )
+        coords, labels = self.prompt(mask > 0, rng=rng)
         return {
             "image": pad_to_frame(image, self.frame_size),
             "mask": pad_to_frame(mask, self.frame_size),

@@ -7,11 +7,30 @@ are given and from nothing else.
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 Pair = tuple[np.ndarray, np.ndarray]
+
+
+class Augmentation(Protocol):
+    """What `make_loader` takes: `Augment`, one of `paper_augment`, or your own.
+
+    Gets image uint8 (h, w, 3) and mask uint8 (h, w), which it must not write into, and returns the
+    like, of the same size or any other that fits into `frame_size` (h, w). `rng` is its only source
+    of chance. For worker processes it must be picklable.
+    """
+
+    def __call__(
+        self,
+        image: np.ndarray,
+        mask: np.ndarray,
+        rng: np.random.Generator,
+        frame_size: tuple[int, int] | None = None,
+        /,
+    ) -> Pair: ...
 
 
 def random_flip(

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from samjax.atomic import atomic_write
 from samjax.data.images import DataError
-from samjax.data.itk import library, read_dicom, read_itk, reason, storage_class
+from samjax.data.itk import itk_shape, library, read_dicom, read_itk, reason, storage_class
 
 _NIFTI_SUFFIXES = (".nii", ".nii.gz")
 _ITK_SUFFIXES = (".mhd", ".mha", ".nrrd")
@@ -112,6 +112,29 @@ def read_volume(
         raise DataError(f"{path}: {error}") from error.__cause__
 
 
+def volume_shape(path: str | os.PathLike[str]) -> tuple[int, int, int]:
+    """(i, j, k) of a file that `read_volume` reads, from its header where the format has one.
+
+    Raises what `read_volume` raises.
+    """
+    path = Path(path)
+    name = path.name.lower()
+    if path.is_file() and name.endswith(_NIFTI_SUFFIXES):
+        try:
+            shape = library("nibabel").load(path, mmap=False).shape
+        except ImportError:
+            raise
+        except Exception as error:
+            raise DataError(f"{path}: not a readable NIfTI file ({reason(error)})") from error
+    elif path.is_file() and name.endswith(_ITK_SUFFIXES):
+        shape = itk_shape(path)
+    else:
+        shape = read_volume(path).array.shape
+    if len(shape) < 3:
+        raise DataError(f"{path}: an image of the shape {shape}; expected a volume (i, j, k)")
+    return shape[0], shape[1], shape[2]
+
+
 def _pick(array: Any, volume: int | None) -> np.ndarray:
     """The volume (i, j, k) in an array, or in nibabel's proxy of one, of three or more axes."""
     shape = tuple(array.shape)
@@ -167,6 +190,11 @@ def through_plane_axis(volume: Volume) -> int:
         return axis
     upward = (np.abs(volume.affine[2, :3]) / spacing).round(6)
     return 2 - int(upward[::-1].argmax())  # the last one where several are equally close
+
+
+def axis_codes(volume: Volume) -> str:
+    """Where voxel axes i, j and k run, such as "RAS" or "LPS"; of the nearest world axes."""
+    return "".join(library("nibabel").aff2axcodes(volume.affine))
 
 
 def to_frames(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ EMBEDDING_INIT = nnx.initializers.normal(0.02)
 Remat = bool | Literal["dots"]  # what of a block the backward pass computes anew
 
 
-def with_remat(block: Callable[[Any], Any], remat: Remat) -> Callable[[Any], Any]:
+def with_remat(block: Callable[[Array], Array], remat: Remat) -> Callable[[Array], Array]:
     """The block, of which the backward pass keeps everything (False), nothing but the input (True),
     or the products with weights but not those of attention ("dots")."""
     if not remat:
@@ -28,7 +29,42 @@ def with_remat(block: Callable[[Any], Any], remat: Remat) -> Callable[[Any], Any
     policy = None
     if remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(lambda x: block(x), policy=policy)
+    again = jax.checkpoint(lambda x: block(x), policy=policy)
+    return _apart(again) if jax.default_backend() == "cpu" else again
+
+
+def _apart(block: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """Keeps XLA's CPU compiler from merging what is computed anew with what was computed before.
+
+    It drops the barriers that `jax.checkpoint` sets, finds everything twice, and keeps the first:
+    nothing is saved. A branch that depends on the data it leaves alone. The other branch answers
+    where the input's first number is NaN or infinite, and what comes back is NaN there too.
+    """
+
+    def apply(x: Array) -> Array:
+        function, closed_over = jax.closure_convert(block, x)
+        return split(function, x, closed_over)
+
+    @partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def split(function: Callable[..., Array], x: Array, closed_over: list[Array]) -> Array:
+        return function(x, *closed_over)
+
+    def forward(function: Callable[..., Array], x: Array, closed_over: list[Array]) -> Any:
+        out, pull_back = jax.vjp(function, x, *closed_over)
+        return out, (x.ravel()[0], pull_back)
+
+    def backward(_: Any, kept: Any, cotangent: Array) -> Any:
+        first, pull_back = kept
+        shapes = jax.eval_shape(pull_back, cotangent)
+        dx, *rest = jax.lax.cond(
+            jnp.abs(first) < jnp.inf,
+            lambda: pull_back(cotangent),
+            lambda: jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), shapes),
+        )
+        return dx, rest
+
+    split.defvjp(forward, backward)
+    return apply
 
 
 class SidePath(NamedTuple):

@@ -69,17 +69,18 @@ def label_for(
 
     A fresh mask head (``mask_tokens`` and what hangs on them) is trained under every method.
     ``prompts`` are those of the training data (``none``, positive ``points``, ``negatives``,
-    ``box``): embeddings of points that never come stay as they are.
+    ``box``, ``points+box``): embeddings of points that never come stay as they are.
     Raises ``ValueError`` for an unknown method.
     """
     if method not in RULES:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(RULES)}")
     head = [(_IOU_HEAD, STILL), (MASK_HEAD, ADAMW)] if fresh_head else []
-    padded = "points" in prompts or ("box" in prompts and "memory_attention" in params)  # SAM 2
+    given = {part for prompt in prompts for part in prompt.split("+")}
+    padded = "points" in prompts or ("box" in given and "memory_attention" in params)  # SAM 2
     absent = {
-        "point_embeddings/0": "negatives" not in prompts,
-        "point_embeddings/1": "points" not in prompts,
-        "point_embeddings/[23]": "box" not in prompts,  # its corners
+        "point_embeddings/0": "negatives" not in given,
+        "point_embeddings/1": "points" not in given,
+        "point_embeddings/[23]": "box" not in given,  # its corners
         "not_a_point_embed": not padded,
     }
     points = [(f"prompt_encoder/{name}/.*", FREEZE) for name, gone in absent.items() if gone]

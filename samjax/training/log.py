@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
-
-from samjax.atomic import atomic_write
 
 
 class RunLog:
@@ -42,9 +38,3 @@ class RunLog:
             return
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON with sorted layout, atomically; NaN is refused (it is not JSON)."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

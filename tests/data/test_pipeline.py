@@ -16,6 +16,8 @@ from samjax.data import (
     make_loader,
     resize,
 )
+from samjax.data.paper_augment import PAPERS, Sam2LoraAugment
+from samjax.data.throughput import Throughput, measure
 
 FRAME = (40, 64)
 SIZES = ((30, 50), (50, 30), (40, 64), (7, 90), (100, 20))
@@ -182,14 +184,38 @@ def test_hosts_share_the_batches_of_one(num_epochs, process_count):
     assert_same(joined, whole)
 
 
+def test_two_hosts_see_each_example_once_an_epoch_between_them():
+    arguments = {"batch_size": 4, "shuffle": True, "num_epochs": 3, "seed": 1}
+    seen = [
+        np.reshape(
+            indices(batches_of(Drawn(8), **arguments, process_index=i, process_count=2)), (3, 4)
+        )
+        for i in range(2)
+    ]
+    for first, second in zip(*seen, strict=True):
+        assert not set(first) & set(second)
+        assert sorted([*first, *second]) == list(range(8))
+    assert len({tuple(sorted(first)) for first in seen[0]}) > 1  # who sees what changes
+
+
+def test_a_run_that_stops_within_an_epoch_goes_on_with_the_next_example():
+    arguments = {"batch_size": 2, "shuffle": True, "num_epochs": None, "seed": 3}
+    before = indices(batches_of(Drawn(7), 5, **arguments))  # three examples into the second epoch
+    after = indices(batches_of(Drawn(7), 2, **arguments, start_step=5))
+    assert sorted(before[:7]) == list(range(7))
+    assert sorted(before[7:] + after) == list(range(7))
+
+
 @pytest.mark.slow
 # Python 3.12 warns where the garbage collector happens to free a worker's shared memory while the
 # tracker of such memory is at work.
 @pytest.mark.filterwarnings("ignore:ResourceTracker called reentrantly:UserWarning")
 def test_worker_processes_change_nothing_and_report_errors(tmp_path):
     folder = picture_folder(tmp_path, 5)
-    expected = batches_of(folder, **RANDOM)
-    assert_same(batches_of(folder, **RANDOM, workers=2), expected)
+    arguments = {**RANDOM, "augment": Sam2LoraAugment(), "prompt_modes": "points+box"}
+    expected = batches_of(folder, **arguments)
+    for workers in (2, 4):
+        assert_same(batches_of(folder, **arguments, workers=workers), expected)
     Image.new("L", (3, 3)).save(folder.pairs[3][1])
     with pytest.raises(DataError, match="the mask is 3x3 pixels"):
         batches_of(folder, workers=1)
@@ -201,6 +227,58 @@ def test_every_epoch_is_augmented_and_prompted_anew():
     assert first["index"].tolist() == second["index"].tolist()
     assert all((a != b).any() for a, b in zip(first["image"], second["image"], strict=True))
     assert all((a != b).any() for a, b in zip(first["coords"], second["coords"], strict=True))
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_augmentations_fit_every_frame(name):
+    arguments = {**RANDOM, "augment": PAPERS[name], "num_epochs": 8}
+    batches = batches_of(Drawn(), **arguments)
+    assert_same(batches, batches_of(Drawn(), **arguments, threads=2))
+    for batch in batches:
+        for mask, (height, width) in zip(batch["mask"], batch["size"], strict=True):
+            assert not mask[height:].any()
+            assert not mask[:, width:].any()
+        assert set(np.unique(batch["mask"])) <= {0, 1, 2, 3}
+
+
+def test_any_function_augments_and_what_it_may_not_do_is_said():
+    def negative(image, mask, rng, frame_size):
+        return 255 - image, mask
+
+    (plain, *_), (turned, *_) = batches_of(Drawn()), batches_of(Drawn(), augment=negative)
+    inside = np.s_[0, : plain["size"][0, 0], : plain["size"][0, 1]]
+    np.testing.assert_array_equal(turned["image"][inside], 255 - plain["image"][inside])
+
+    wrong = {
+        r"image float64 \(38, 64, 3\) .* of example 0": lambda i, m, *_: (i / 255.0, m),
+        r"mask uint8 \(64, 38\) .* that fit into the frame \(40, 64\)": lambda i, m, *_: (
+            np.rot90(i),
+            np.rot90(m),
+        ),
+        "and mask uint8": lambda i, m, *_: (i, m[1:]),
+    }
+    for message, augment in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            batches_of(Drawn(), augment=augment)
+
+    def in_place(image, mask, rng, frame_size):
+        image[:] = 0
+        return image, mask
+
+    with pytest.raises(ValueError, match="read-only"):
+        batches_of(Drawn(), augment=in_place)
+
+
+def test_regions_and_rules_reach_the_prompts():
+    arguments = {"prompt_modes": "points+box", "box_jitter": 0.0, "box_rule": "sam2lora"}
+    (batch,) = batches_of(Drawn(2), region="center", **arguments)
+    for mask, coords, labels in zip(batch["mask"], batch["coords"], batch["labels"], strict=True):
+        rows, columns = np.nonzero(mask)
+        assert labels.tolist() == [1, 2, 3]
+        corners = [[columns.min() + 1, rows.min() + 1], [columns.max(), rows.max()]]
+        np.testing.assert_array_equal(coords[1:], corners)
+        middle = np.mean(corners, axis=0)
+        assert np.abs(coords[0] - middle).max() <= 0.5
 
 
 def test_prompts_lie_on_the_augmented_mask_and_never_in_the_padding():
@@ -306,6 +384,8 @@ def test_examples_of_a_wrong_kind_are_named():
         ({"start_step": -1}, "start_step -1"),
         ({"prompt_modes": "boxes"}, "prompt modes boxes"),
         ({"box_jitter": 0.5}, "box_jitter 0.5"),
+        ({"region": "rim"}, "region 'rim': expected one of foreground"),
+        ({"box_rule": "loose"}, "box_rule 'loose': expected one of sides, sam2lora"),
         ({"batch_size": 6, "drop_remainder": True}, "5 examples make no batch of 6"),
     ],
 )
@@ -317,6 +397,49 @@ def test_wrong_arguments_are_named(arguments, message):
 def test_an_empty_data_set_is_an_error():
     with pytest.raises(ValueError, match="the data set is empty"):
         make_loader(Drawn(0), frame_size=FRAME, batch_size=1)
+
+
+class Clock:
+    """Time passes only when somebody waits."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def slow_batches(clock: Clock, count: int):
+    for number in range(count):
+        clock.now += 10.0 if number == 0 else 1.0
+        yield {"valid": np.array([True, True, number < count - 1])}
+
+
+def test_the_share_of_waiting_and_the_rate_are_what_the_clock_says():
+    clock = Clock()
+    watch = Throughput(slow_batches(clock, 5), clock=clock)
+    assert (watch.images_per_second, watch.waiting) == (0.0, 0.0)
+    for _ in watch:
+        clock.now += 3.0
+    assert (watch.batches, watch.images) == (4, 11)  # neither the first nor what is not valid
+    assert (watch.seconds, watch.waiting_seconds) == (16.0, 4.0)
+    assert (watch.images_per_second, watch.waiting) == (11 / 16, 0.25)
+    watch.restart()
+    assert (watch.batches, watch.seconds, watch.waiting) == (0, 0.0, 0.0)
+    assert measure(slow_batches(clock, 5), 3, clock=clock) == 3.0
+    with pytest.raises(ValueError, match="nothing to measure"):
+        measure(slow_batches(clock, 1), 3, clock=clock)
+    with pytest.raises(ValueError, match="skip -1"):
+        Throughput([], skip=-1)
+
+
+def test_a_watched_loader_gives_the_same_batches():
+    loader = make_loader(Drawn(), frame_size=FRAME, batch_size=2, **RANDOM)
+    watch = Throughput(loader, skip=0)
+    assert_same(list(watch), list(loader))
+    assert (watch.batches, watch.images) == (8, 15)
+    assert 0 < watch.waiting <= 1
+    assert measure(loader, 4) > 0
 
 
 def test_real_photographs(shared_data):

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from samjax.data import num_slots, sample_prompt
+from samjax.data.prompts import BOX_RULES
+from samjax.models.prompt_encoder import merge_prompts
 from samjax.prompt_labels import BACKGROUND, FOREGROUND, INVALID, NOT_A_POINT
 
 masks = arrays(bool, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12))
@@ -35,6 +37,8 @@ def test_no_prompt_has_no_slots(mask, rng):
         ("points", (3, 2), 6),
         (("none", "box"), (1, 0), 2),
         (("box", "points", "none"), (1, 3), 5),
+        ("points+box", (5, 0), 7),
+        (("points", "points+box"), (2, 1), 5),
     ],
 )
 def test_every_mode_fills_the_same_number_of_slots(mask, rng, modes, counts, slots):
@@ -115,6 +119,65 @@ def test_a_mask_without_background_gives_no_background_points(rng):
     np.testing.assert_array_equal(labels, [FOREGROUND, NOT_A_POINT, INVALID, INVALID])
 
 
+def test_the_defaults_draw_what_they_always_drew(mask):
+    """Seeds of earlier runs keep their meaning."""
+    rng = np.random.default_rng(5)
+    options = {"num_points": 2, "num_negatives": 1}
+    drawn = [sample_prompt(mask, ("points", "box"), rng, **options) for _ in range(4)]
+    assert [labels.tolist() for _, labels in drawn] == [
+        *([2, 3, -2, -2], [2, 3, -2, -2], [1, 1, 0, -1], [2, 3, -2, -2]),
+    ]
+    np.testing.assert_allclose(drawn[0][0][:2], [[3.924, 5.012], [16.357, 7.643]], atol=5e-4)
+    np.testing.assert_array_equal(drawn[2][0], [[17, 8], [14, 5], [22, 13], [0, 0]])
+    np.testing.assert_allclose(drawn[3][0][:2], [[2.805, 5.379], [18.193, 8.275]], atol=5e-4)
+
+
+@pytest.mark.parametrize("mode", ["points", "box", "points+box"])
+def test_a_prompt_is_in_sams_order(mask, rng, mode):
+    coords, labels = sample_prompt(mask, mode, rng, num_points=3, num_negatives=2, box_jitter=0.0)
+    points, kinds = (coords[None, :5], labels[None, :5]) if "points" in mode else (None, None)
+    box = np.array([[3, 5, 17, 8]]) if "box" in mode else None
+    for found, expected in zip((coords, labels), merge_prompts(points, kinds, box), strict=True):
+        np.testing.assert_array_equal(found, expected[0])
+
+
+def test_points_and_a_box_of_an_empty_mask_are_one_background_point(rng):
+    labels = sample_prompt(np.zeros((4, 6), bool), "points+box", rng, num_points=2)[1]
+    np.testing.assert_array_equal(labels, [BACKGROUND, NOT_A_POINT, INVALID, INVALID])
+
+
+def test_sam2loras_box_is_pushed_out_on_all_sides_by_one_draw(mask, rng):
+    assert BOX_RULES["sam2lora"] == 0.02
+    boxes = [
+        sample_prompt(np.kron(mask, np.ones((10, 10), bool)), "box", rng, box_rule="sam2lora")[0]
+        for _ in range(300)
+    ]
+    eroded = np.array([[31, 51], [179, 89]])  # the first row and column are gone
+    pushes = (np.stack(boxes) - eroded) * [[-1], [1]]
+    assert np.ptp(pushes, axis=(1, 2)).max() < 1e-4
+    assert pushes.min() > 0
+    assert 0.95 * 0.02 * 300 < pushes.max() < 0.02 * 300  # of the longest side
+    assert 0.45 < pushes.mean() / (0.02 * 300) < 0.55
+    still, _ = sample_prompt(mask, "box", rng, box_rule="sam2lora", box_jitter=0.0)
+    np.testing.assert_array_equal(still, [[4, 6], [17, 8]])
+    whole, _ = sample_prompt(np.ones((8, 9), bool), "box", rng, box_rule="sam2lora", box_jitter=0.4)
+    np.testing.assert_array_equal(whole, [[0, 0], [8, 7]])
+
+
+def test_points_come_from_the_region_and_bear_its_label(mask, rng):
+    for mode in ("points", "points+box"):
+        options = {"num_points": 50, "num_negatives": 3}
+        coords, labels = sample_prompt(mask, mode, rng, region="density_released", **options)
+        x, y = coords[:50].astype(int).T
+        assert (labels[:50] == FOREGROUND).all()
+        assert mask[y, x].mean() < 0.5  # four rows do not outlast 15x15
+        coords, labels = sample_prompt(mask, mode, rng, region="general", **options)
+        x, y = coords[:50].astype(int).T
+        assert (x.min(), y.min()) == (4, 6)
+        x, y = coords[50:53].astype(int).T
+        assert not mask[y, x].any()
+
+
 def test_of_several_modes_each_is_drawn_as_often(mask, rng):
     first = [sample_prompt(mask, ("none", "points", "box"), rng)[1][0] for _ in range(600)]
     for label in (INVALID, FOREGROUND, 2):
@@ -122,12 +185,16 @@ def test_of_several_modes_each_is_drawn_as_often(mask, rng):
 
 
 def test_wrong_arguments_are_named(mask, rng):
-    with pytest.raises(ValueError, match="prompt modes boxes: expected none, points, box"):
+    with pytest.raises(ValueError, match="prompt modes boxes: expected none, points, box, points"):
         sample_prompt(mask, ("box", "boxes"), rng)
     with pytest.raises(ValueError, match=r"prompt modes \(none given\)"):
         num_slots(())
     with pytest.raises(ValueError, match="0 foreground and 0 background points"):
         num_slots("points", 0)
+    with pytest.raises(ValueError, match="region 'rim': expected one of foreground"):
+        sample_prompt(mask, "box", rng, region="rim")
+    with pytest.raises(ValueError, match="box_rule 'loose': expected one of sides, sam2lora"):
+        sample_prompt(mask, "points", rng, box_rule="loose")
     for jitter in (-0.1, 0.5, float("nan")):
-        with pytest.raises(ValueError, match="box jitter"):
+        with pytest.raises(ValueError, match="box_jitter"):
             sample_prompt(mask, "box", rng, box_jitter=jitter)

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments import figures
-from experiments.figures import COLOURS, Case, curve, overlay, overlay_sheet
+from experiments.figures import Case, curve, overlay_sheet
+from samjax.drawing import COLOURS, overlay
 
 
 def _case(rng, name="eye", size=(40, 64), **changes):

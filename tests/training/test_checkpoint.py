@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from compiling import quick_environment
 from samjax.peft.eight_bit import eight_bit
 from samjax.peft.galore import galore
 from samjax.training.checkpoint import CheckpointError, Checkpoints, fingerprint
@@ -26,7 +27,7 @@ KEY = jax.random.key(0)
 
 def start(folder, pause=0.0):
     environment = {
-        **os.environ,
+        **quick_environment(),
         "PYTHONPATH": str(RUN.parents[2]),
         "PYTHONWARNINGS": "ignore",
         "PYTHONUNBUFFERED": "1",

@@ -16,6 +16,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from compiling import quick_environment
 from samjax.models.functional import abstract_params
 from samjax.models.sam import vit_b
 from samjax.models.sam2_config import sam2
@@ -50,7 +51,7 @@ MESHES = {  # the methods that are tried on each; compiling them all takes seven
 
 def start(*arguments, devices=8):
     environment = {
-        **os.environ,
+        **quick_environment(),
         "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
         "PYTHONWARNINGS": "ignore",

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from samjax.training.metrics import Summary, mean_over_classes, score_image, summarise
+from samjax.metrics import Summary, mean_over_classes, score_image, summarise
 
 
 def test_by_hand():
