@@ -1,7 +1,9 @@
-"""Fine-tune SAM or SAM 2 on one's own folder of images and masks.
+"""Fine-tune SAM or SAM 2 on one's own folder of images and masks, or on a known data set.
 
     python -m experiments.finetune --images DIR --masks DIR --ckpt sam_vit_b_01ec64.pth \
         --method lora --rank 4 --prompt box --out runs/mine
+    python -m experiments.finetune --dataset chasedb1 --source DIR --reader observer=second \
+        --test-split test --ckpt sam_vit_b_01ec64.pth --out runs/vessels
 
 The checkpoint says which it is.  Of SAM 2 the image path is tuned, as its image predictor runs it;
 what only a clip needs (memory, object pointers, object score) stays as it is.
@@ -38,6 +40,7 @@ from experiments.training import (
     optimise,
 )
 from samjax.data import FolderDataset, SegmentationDataset, split
+from samjax.data.opening import SliceOptions, SourceOptions, open_source
 from samjax.models.functional import init_params
 from samjax.models.sam import VARIANTS
 from samjax.models.weights import Config, resize_params
@@ -52,12 +55,12 @@ SIGTERM_EXIT = 128 + 15  # as of a process that SIGTERM ended: clusters then sta
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(TrainingOptions):
-    """Fine-tune SAM or SAM 2 on a folder of images and a folder of masks."""
+class Arguments(TrainingOptions, SliceOptions):
+    """Fine-tune SAM or SAM 2 on a folder of images and a folder of masks, or on a data set."""
 
-    images: Path
+    images: Path | None = None
     """Folder of training images."""
-    masks: Path
+    masks: Path | None = None
     """Folder of their masks: same stem, or stem and a suffix (IDRiD_01.jpg, IDRiD_01_OD.png)."""
     val_images: Path | None = None
     """Folder of validation images; by default a share of the training images is held out."""
@@ -73,6 +76,17 @@ class Arguments(TrainingOptions):
     """Only masks with this suffix, where several lie beside each other."""
     classes: tuple[int, ...] | None = None
     """Mask values of the classes, such as 128 255; by default masks are binary (0/1 or 0/255)."""
+
+    dataset: str | None = None
+    """Instead of folders: a data set by the name of its reader, such as chasedb1."""
+    source: Path | None = None
+    """Its folder, as its owners publish it."""
+    train_split: str = "train"
+    """The part of it to train on."""
+    test_split: str | None = None
+    """The part to score at the end; by default the validation images are."""
+    reader: tuple[str, ...] = ()
+    """Its reader's own options, such as observer=second."""
 
     ckpt: str | None = None
     """Checkpoint to start from: Meta's .pth or .pt, a converted .safetensors, or a name on the
@@ -110,12 +124,19 @@ class Arguments(TrainingOptions):
     def check(self) -> None:
         """Raises ``ValueError`` for settings that contradict each other."""
         super().check()
+        if (self.dataset is None) == (self.images is None) or (
+            (self.dataset is None) != (self.source is None)
+        ):
+            raise ValueError("give --images and --masks, or --dataset and --source")
         for images, masks, name in (
-            (self.val_images, self.val_masks, "val"),
-            (self.test_images, self.test_masks, "test"),
+            (self.images, self.masks, ""),
+            (self.val_images, self.val_masks, "val-"),
+            (self.test_images, self.test_masks, "test-"),
         ):
             if (images is None) != (masks is None):
-                raise ValueError(f"--{name}-images and --{name}-masks go together")
+                raise ValueError(f"--{name}images and --{name}masks go together")
+        if self.dataset is not None and (self.val_images or self.test_images or self.classes):
+            raise ValueError("--dataset has --test-split and classes of its own")
         if self.ckpt is None and self.variant is None:
             raise ValueError("give --ckpt FILE to start from, or --variant to train from scratch")
         if self.ckpt is None and self.variant not in VARIANTS:
@@ -143,14 +164,35 @@ def load_model(arguments: Arguments) -> tuple[Config, Params]:
 
 
 def load_data(arguments: Arguments) -> tuple[SegmentationDataset, ...]:
-    """Training, validation and test set; every pair's header is checked before the work begins."""
+    """Training, validation and test set; every file's presence, and of one's own folders every
+    pair's header, is checked before the work begins."""
 
     def folder(images: Path, masks: Path) -> FolderDataset:
         dataset = FolderDataset(images, masks, arguments.classes, arguments.mask_suffix)
         dataset.check()
         return dataset
 
-    train: SegmentationDataset = folder(arguments.images, arguments.masks)
+    def part(split: str) -> SegmentationDataset:
+        of_volumes = {
+            field.name: getattr(arguments, field.name) for field in dataclasses.fields(SliceOptions)
+        }
+        options = SourceOptions(
+            dataset=str(arguments.dataset),
+            source=Path(str(arguments.source)),
+            split=split,
+            **of_volumes,
+        )
+        pairs = (item.partition("=")[::2] for item in arguments.reader)
+        given = [[f"--{name.replace('_', '-')}", *value.split(",")] for name, value in pairs]
+        return open_source(options, [word for words in given for word in words])
+
+    train: SegmentationDataset
+    if arguments.dataset is not None:
+        train = part(arguments.train_split)
+    else:
+        assert arguments.images is not None
+        assert arguments.masks is not None
+        train = folder(arguments.images, arguments.masks)
     if arguments.val_images is not None and arguments.val_masks is not None:
         val: SegmentationDataset = folder(arguments.val_images, arguments.val_masks)
     else:
@@ -158,13 +200,14 @@ def load_data(arguments: Arguments) -> tuple[SegmentationDataset, ...]:
     test = val
     if arguments.test_images is not None and arguments.test_masks is not None:
         test = folder(arguments.test_images, arguments.test_masks)
+    elif arguments.dataset is not None and arguments.test_split is not None:
+        test = part(arguments.test_split)
     return train, val, test
 
 
-def prepare(arguments: Arguments) -> seg.Tuning:
+def prepare(arguments: Arguments, num_classes: int) -> seg.Tuning:
     """Loads the model and splits it for the method."""
     config, params = load_model(arguments)
-    num_classes = 1 if arguments.classes is None else len(arguments.classes)
     fresh_head = num_classes > 1
     if fresh_head:
         config, params = seg.with_classes(config, params, num_classes, arguments.seed)
@@ -199,7 +242,7 @@ def run(arguments: Arguments) -> Result:
     started = time.perf_counter()
     mesh = arguments.mesh.start()
     train, val, test = load_data(arguments)
-    tuning = prepare(arguments)
+    tuning = prepare(arguments, getattr(train, "num_classes", 1))
     base = base_fingerprint(tuning)
     tuning = seg.on_mesh(tuning, mesh)
     first = is_first_process()

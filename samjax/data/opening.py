@@ -22,15 +22,9 @@ Reader = Callable[..., Pictures | Scans]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """Which data set, and how its volumes become slices; see `samjax.data.Slices` for these."""
+class SliceOptions:
+    """How volumes become slices; see `samjax.data.Slices`."""
 
-    dataset: str
-    """Name of its reader, as in samjax.data.datasets.READERS."""
-    source: Path
-    """The folder as its owners publish it."""
-    split: str = "train"
-    """The part of it."""
     take: Take = "all"
     """Volumes: which slices of each."""
     every: int = 1
@@ -49,13 +43,25 @@ class SourceOptions:
     """Volumes: first, end, first, end voxel of these two axes."""
     window: tuple[float, float] | None = None
     """Volumes: the values that become black and white; None for the data set's rule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(SliceOptions):
+    """Which data set, and how its volumes become slices."""
+
+    dataset: str
+    """Name of its reader, as in samjax.data.datasets.READERS."""
+    source: Path
+    """The folder as its owners publish it."""
+    split: str = "train"
+    """The part of it."""
     skip_bad: Path | None = None
     """Leave out examples that cannot be used, and list them in this file. They are an error
     otherwise."""
 
 
 _OWN = {field.name for field in dataclasses.fields(SourceOptions)}
-_OF_ALL = ("dataset", "source", "split", "skip_bad")  # the others are for volumes only
+_OF_VOLUMES = {field.name: field.default for field in dataclasses.fields(SliceOptions)}
 
 
 def open_source(options: SourceOptions, reader_args: Sequence[str] = ()) -> SegmentationDataset:
@@ -134,7 +140,7 @@ def reader_options(name: str, args: Sequence[str]) -> dict[str, Any]:
 
 def settings_of(options: SourceOptions, reader_args: Sequence[str] = ()) -> dict[str, Any]:
     """All that decides about the examples, JSON-able; not where the files lie."""
-    chosen = {name: getattr(options, name) for name in sorted(_OWN.difference(_OF_ALL))}
+    chosen = {name: getattr(options, name) for name in sorted(_OF_VOLUMES)}
     own = reader_options(options.dataset, reader_args)
     return {"reader": _plain(own), "slices": _plain(chosen)}
 
@@ -158,12 +164,8 @@ def class_names_of(dataset: SegmentationDataset) -> tuple[str, ...] | None:
 
 def _for_volumes(options: SourceOptions) -> str:
     """The options of volumes that were given."""
-    given = [
-        f"--{field.name.replace('_', '-')}"
-        for field in dataclasses.fields(SourceOptions)
-        if field.name not in _OF_ALL and getattr(options, field.name) != field.default
-    ]
-    return ", ".join(given)
+    given = [name for name, default in _OF_VOLUMES.items() if getattr(options, name) != default]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 def _sliced(scans: Scans, options: SourceOptions) -> Slices:

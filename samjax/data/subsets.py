@@ -47,6 +47,11 @@ class Subset:
         return self.dataset[self.indices[index]]
 
     @property
+    def num_classes(self) -> int:
+        """Classes beside the background; 1 where the data set does not say."""
+        return getattr(self.dataset, "num_classes", 1)
+
+    @property
     def patients(self) -> tuple[str, ...]:
         """Patient of each example."""
         known = patients_of(self.dataset)

@@ -16,6 +16,7 @@ from experiments import finetune
 from experiments import segmentation as seg
 from samjax import SAM2ImagePredictor, SamModel
 from samjax.data import FolderDataset, make_loader
+from samjax.data.layouts.volumes import write_msd
 from samjax.models.functional import bind
 from samjax.models.ops import resize_bilinear_numpy
 from samjax.models.weights import load_tensors, load_weights
@@ -293,12 +294,36 @@ def test_bad_settings_are_named(phantom_folder, tiny_checkpoint, tmp_path, capsy
     assert expected in capsys.readouterr().err
 
 
+def test_a_data_set_is_known_by_name(tmp_path):
+    """Parted by patient; its own options, and those of its slices, reach it."""
+    pytest.importorskip("nibabel")
+    write_msd(tmp_path, cases=(1, 3, 4, 7, 8))
+    arguments = finetune.Arguments(
+        dataset="msd",
+        source=tmp_path,
+        test_split="test",
+        take="middle",
+        reader=("class_names=Anterior,Posterior",),
+        variant="vit_xs",
+        method="full",
+        out=tmp_path / "out",
+    )
+    arguments.check()
+    train, val, test = finetune.load_data(arguments)
+    assert (len(train), len(val), len(test)) == (4, 1, 1)
+    assert not set(train.patients) & set(val.patients)
+    assert train.num_classes == 2
+    assert train[0]["mask"].max() == 2
+    assert test[0]["patient"] == "hippocampus_002"
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (("--mesh.fsdp", "3"), "fsdp 3 x tensor 1 = 3 devices, but there are 1"),
         (("--mesh.process", "0"), "--mesh.processes and --mesh.process go with --mesh.coordinator"),
         (("--mesh.coordinator", "host:1"), "needs --mesh.processes and --mesh.process"),
+        (("--dataset", "msd"), "give --images and --masks, or --dataset and --source"),
         (("--batch-size", "6", "--accumulate", "4"), "--batch-size 6 is no multiple of"),
         (("--resume", "--checkpoint-every", "0"), "--resume needs checkpoints"),
     ],
