@@ -41,6 +41,7 @@ from samjax.trees import Params
 HELD_OUT = "angiogram"  # the look that the base never sees
 TARGETS: tuple[Literal["disc", "cup", "vessel"], ...] = ("disc", "cup", "vessel")
 VALIDATION_SEED = 1_000_000  # phantoms of other seeds than the training ones
+VALIDATION = 24  # phantoms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,7 @@ def run(arguments: Arguments) -> dict[str, float]:
     started = time.perf_counter()
     config = vit_xs()
     train = Phantoms(arguments.phantoms, arguments.seed, config.image_size)
-    val = Phantoms(24, VALIDATION_SEED, config.image_size)
+    val = Phantoms(VALIDATION, VALIDATION_SEED, config.image_size)
     options = {
         "frame_size": config.image_size,
         "batch_size": arguments.batch_size // 2,

@@ -9,9 +9,11 @@ from jax._src import compiler
 _OLD_EMITTERS = jax.__version_info__ < (0, 11)
 
 
-def be_quick(monkeypatch):
-    """From now on in this process, until the patch is undone."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def use_old_emitters(monkeypatch):
+    """From now on in this process, until the patch is undone.
+
+    Two programs that say the same may then differ by a rounding where they else would not.
+    """
     if _OLD_EMITTERS:
         options_of = compiler.get_compile_options
 

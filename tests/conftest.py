@@ -19,8 +19,6 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
-import compiling
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 jax.config.update("jax_enable_x64", False)
@@ -59,9 +57,9 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
-def quick_compilation(monkeypatch):
+def quick_compilation():
     """For modules of small models, which take longer to compile than to run."""
-    compiling.be_quick(monkeypatch)
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

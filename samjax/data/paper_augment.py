@@ -112,8 +112,7 @@ def _crop_of_area(height: int, width: int, rng: np.random.Generator) -> tuple[in
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-            return left, top, left + w, top + h
+            return _box_anywhere(height, width, h, w, rng)
     # The whole picture, or as much from its middle as has an allowed ratio.
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     left, top = (width - w) // 2, (height - h) // 2
@@ -283,6 +282,13 @@ def _crop_of_side(
 ) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) with `ratio` of both sides, anywhere in the picture."""
     h, w = max(int(height * ratio), 1), max(int(width * ratio), 1)
+    return _box_anywhere(height, width, h, w, rng)
+
+
+def _box_anywhere(
+    height: int, width: int, h: int, w: int, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a crop of h rows and w columns; its top is drawn first."""
     top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
     return left, top, left + w, top + h
 

@@ -11,6 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from convert.reference import import_segment_anything
+from data_sets import HEIGHT, WIDTH, l_and_blot, painted, read_back
 from samjax.data import paper_augment, warps
 from samjax.data.elastic import elastic, smooth
 from samjax.data.paper_augment import (
@@ -24,17 +25,10 @@ from samjax.data.paper_augment import (
 from samjax.data.transforms import PRESETS
 from samjax.data.warps import picture_of
 
-HEIGHT, WIDTH = 48, 70
-
 
 @pytest.fixture
 def mask() -> np.ndarray:
-    """An L and a blot: no symmetry hides a mirrored or swapped axis."""
-    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-    mask[8:36, 10:18] = 1
-    mask[28:36, 10:40] = 1
-    mask[10:22, 44:58] = 2
-    return mask
+    return l_and_blot()
 
 
 @pytest.fixture
@@ -70,11 +64,6 @@ def agreement(ours, theirs, tolerance: float = 2.0) -> float:
     """Share of the pixels, but for a rim of two, that differ by no more than the tolerance."""
     difference = np.abs(np.asarray(ours, np.float32) - theirs)[2:-2, 2:-2]
     return float((difference <= tolerance).mean())
-
-
-def painted(mask: np.ndarray) -> np.ndarray:
-    """The image whose colours are the mask's labels."""
-    return np.stack([(mask == 1), (mask == 2), (mask > 0)], axis=-1).astype(np.uint8) * 255
 
 
 def test_warps_are_torchvisions_and_scipys(image, torchvision):
@@ -257,13 +246,12 @@ def test_image_and_mask_move_together(mask, name, frame):
         allowed = {(HEIGHT, WIDTH), (WIDTH, HEIGHT)} if turned else {(HEIGHT, WIDTH)}
         assert moved.shape in allowed
         assert set(np.unique(moved)) <= {0, 1, 2}
-        drawn = np.where(image[..., 0] > 127, 1, np.where(image[..., 1] > 127, 2, 0))
         # Two interpolations may disagree about pixels on a border, the picture's included; SAMora's
         # brightness moves the border as well.
         near = 5 if name == "samora" else 3
         inner = ndimage.minimum_filter(moved, near) == ndimage.maximum_filter(moved, near)
         inner[[0, -1]] = inner[:, [0, -1]] = False
-        assert not (inner & (drawn != moved)).any(), seed
+        assert not (inner & (read_back(image) != moved)).any(), seed
         seen.add(moved.tobytes())
     assert len(seen) > 10
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
+from data_sets import HEIGHT, WIDTH, l_and_blot, painted, read_back
 from samjax.data.transforms import (
     PRESETS,
     Augment,
@@ -19,26 +20,10 @@ from samjax.data.transforms import (
 )
 from samjax.frame import pad_to_frame, resize, resize_to_frame, resized_size
 
-HEIGHT, WIDTH = 48, 70
-
 
 @pytest.fixture
 def mask() -> np.ndarray:
-    """An L and a blot: no symmetry hides a mirrored or swapped axis."""
-    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-    mask[8:36, 10:18] = 1
-    mask[28:36, 10:40] = 1
-    mask[10:22, 44:58] = 2
-    return mask
-
-
-def painted(mask: np.ndarray) -> np.ndarray:
-    """The image whose colours are the mask's labels."""
-    return np.stack([(mask == 1), (mask == 2), (mask > 0)], axis=-1).astype(np.uint8) * 255
-
-
-def read_back(image: np.ndarray) -> np.ndarray:
-    return np.where(image[..., 0] > 127, 1, np.where(image[..., 1] > 127, 2, 0))
+    return l_and_blot()
 
 
 def assert_moved_together(image: np.ndarray, mask: np.ndarray, exactly: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import compiling
 import tiny_models
 from samjax.data.phantom import write_phantom_folder
 from samjax.models.functional import init_params
@@ -12,8 +13,9 @@ from samjax.models.weights import save_weights
 
 
 @pytest.fixture(autouse=True)
-def compiled_quickly(quick_compilation):
+def compiled_quickly(quick_compilation, monkeypatch):
     """Compiling is most of the time here."""
+    compiling.use_old_emitters(monkeypatch)
 
 
 @pytest.fixture(scope="session")

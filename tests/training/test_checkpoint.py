@@ -1,5 +1,6 @@
 """Runs that are killed, preempted, damaged or changed, and go on or say why not."""
 
+import gc
 import json
 import os
 import random
@@ -126,6 +127,8 @@ def test_the_last_few_and_the_best_are_kept(state, tmp_path):
         Checkpoints(tmp_path, {}, keep=0)
 
 
+# Orbax leaves readers behind that fail once more when Python collects them, at any time.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_cut_in_half_is_passed_over(state, tmp_path):
     """Whichever of its files: it is refused, or nothing in it has changed."""
     with Checkpoints(tmp_path, {}) as checkpoints:
@@ -156,6 +159,7 @@ def test_a_checkpoint_cut_in_half_is_passed_over(state, tmp_path):
                 path.write_bytes(b"")
         with pytest.raises(CheckpointError, match="no checkpoint can be used") as error:
             checkpoints.restore(state)
+        gc.collect()
         assert all(f"{tmp_path}/{step} is damaged" in str(error.value) for step in (1, 2))
 
 

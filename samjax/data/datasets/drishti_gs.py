@@ -10,17 +10,16 @@ brightest: where at least two of four experts agree, the levels being 0, 64, 128
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from samjax.data.datasets.base import Case, Pictures, find_files, one_of, wrong_tree
 from samjax.data.datasets.outlines import (
-    CLASS_NAMES,
     PARTS,
     Target,
     of_size,
+    pictures_of_target,
     read_grey,
     target_labels,
 )
@@ -64,14 +63,7 @@ def drishti_gs(root: str | Path, split: str = "train", *, target: Target = "disc
         maps = truth / image.stem / "SoftMap"
         labels = tuple(maps / f"{image.stem}_{_FILES[part]}.png" for part in PARTS[target])
         cases.append(Case(image.stem, (image,), labels))
-    return Pictures(
-        dataset="drishti_gs",
-        root=root,
-        split=split,
-        cases=tuple(cases),
-        class_names=CLASS_NAMES[target],
-        read_label=partial(_labels, target=target),
-    )
+    return pictures_of_target("drishti_gs", root, split, cases, target, _labels)
 
 
 def _labels(case: Case, size: tuple[int, int], *, target: str) -> np.ndarray:

@@ -9,17 +9,16 @@ random_state 0). The names do not tell patients.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from samjax.data.datasets.base import Case, Pictures, drawn_split, find_files, one_of
 from samjax.data.datasets.outlines import (
-    CLASS_NAMES,
     PARTS,
     Target,
     labelme_masks,
+    pictures_of_target,
     target_labels,
 )
 
@@ -49,14 +48,8 @@ def g1020(root: str | Path, split: str = "train", *, target: Target = "disc") ->
         Case(image.stem, (image,), (image.with_suffix(".json"),))
         for image in find_files(root, "Images/*.jpg", TREE)
     ]
-    return Pictures(
-        dataset="g1020",
-        root=root,
-        split=split,
-        cases=tuple(drawn_split(cases, split, 0.25, total=1020, root=root)),
-        class_names=CLASS_NAMES[target],
-        read_label=partial(_labels, target=target),
-    )
+    drawn = drawn_split(cases, split, 0.25, total=1020, root=root)
+    return pictures_of_target("g1020", root, split, drawn, target, _labels)
 
 
 def _labels(case: Case, size: tuple[int, int], *, target: str) -> np.ndarray:

@@ -10,18 +10,18 @@ patients in the same way instead.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from samjax.data.datasets.base import Case, Pictures, drawn_split, find_files, one_of
+from samjax.data.datasets.base import Case, Pictures, find_files, one_of
 from samjax.data.datasets.outlines import (
-    CLASS_NAMES,
     PARTS,
     Target,
+    drawn_cases,
     labelme_masks,
+    pictures_of_target,
     target_labels,
 )
 
@@ -65,19 +65,8 @@ def grape(
         )
         for image in find_files(root, "ROI images/*.jpg", TREE)
     ]
-    drawn = drawn_split(cases, split, 0.25, total=631, root=root)
-    if drawn_by == "patient":
-        patients = list(dict.fromkeys(case.patient for case in cases))
-        chosen = drawn_split(patients, split, 0.25, total=len(patients), root=root)
-        drawn = [case for case in cases if case.patient in chosen]
-    return Pictures(
-        dataset="grape",
-        root=root,
-        split=split,
-        cases=tuple(drawn),
-        class_names=CLASS_NAMES[target],
-        read_label=partial(_labels, target=target),
-    )
+    drawn = drawn_cases(cases, split, drawn_by=drawn_by, total=631, root=root)
+    return pictures_of_target("grape", root, split, drawn, target, _labels)
 
 
 def _labels(case: Case, size: tuple[int, int], *, target: str) -> np.ndarray:

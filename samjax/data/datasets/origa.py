@@ -10,14 +10,19 @@ much at the left as at the right (of an odd number, one more at the right), and 
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from scipy.io import loadmat
 
 from samjax.data.datasets.base import Case, Pictures, drawn_split, find_files, one_of, to_labels
-from samjax.data.datasets.outlines import CLASS_NAMES, PARTS, Target, target_labels
+from samjax.data.datasets.outlines import (
+    CLASS_NAMES,
+    PARTS,
+    Target,
+    pictures_of_target,
+    target_labels,
+)
 from samjax.data.images import DataError
 
 TREE = """
@@ -46,14 +51,8 @@ def origa(root: str | Path, split: str = "train", *, target: Target = "disc") ->
         Case(image.stem, (image,), (root / "Semi-automatic-annotations" / f"{image.stem}.mat",))
         for image in find_files(root, "Images/*.jpg", TREE)
     ]
-    return Pictures(
-        dataset="origa",
-        root=root,
-        split=split,
-        cases=tuple(drawn_split(cases, split, 0.25, total=650, root=root)),
-        class_names=CLASS_NAMES[target],
-        read_label=partial(_labels, target=target),
-    )
+    drawn = drawn_split(cases, split, 0.25, total=650, root=root)
+    return pictures_of_target("origa", root, split, drawn, target, _labels)
 
 
 def _labels(case: Case, size: tuple[int, int], *, target: str) -> np.ndarray:

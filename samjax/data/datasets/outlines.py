@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from samjax.data.datasets.base import Case
+from samjax.data.datasets.base import Case, Pictures, drawn_split
 from samjax.data.images import DataError, read_image, read_mask
 
 Target = Literal["disc", "cup", "rim", "disc+cup"]
@@ -61,6 +62,53 @@ def target_labels(masks: Mapping[str, np.ndarray], target: str) -> np.ndarray:
     if target == "disc+cup":
         return np.where(masks["cup"], 2, masks["disc"]).astype(np.uint8)
     return masks[target].astype(np.uint8)
+
+
+def pictures_of_target(
+    dataset: str,
+    root: Path,
+    split: str,
+    cases: Sequence[Case],
+    target: str,
+    read: Callable[..., np.ndarray],
+) -> Pictures:
+    """The pictures of a data set whose label maps are of a target.
+
+    Args:
+        dataset, root, split, cases: see `Source`.
+        target: see `target_labels`.
+        read: (case, (h, w) of its picture, target=target) -> label map uint8 (h, w); a function of
+            a module, because worker processes must be able to import it.
+    """
+    return Pictures(
+        dataset=dataset,
+        root=root,
+        split=split,
+        cases=tuple(cases),
+        class_names=CLASS_NAMES[target],
+        read_label=partial(read, target=target),
+    )
+
+
+def drawn_cases(
+    cases: Sequence[Case], split: str, *, drawn_by: str, total: int, root: Path
+) -> list[Case]:
+    """The part of a split whose test set is a quarter of the images, or of the patients.
+
+    Args:
+        split: "train", "test" or "all".
+        drawn_by: "patient" keeps the images of a patient together; "image" does not.
+        total: number of images that the data set has.
+
+    Raises:
+        DataError: another number of images. ValueError: another split.
+    """
+    drawn = drawn_split(cases, split, 0.25, total=total, root=root)
+    if drawn_by == "image":
+        return drawn
+    patients = list(dict.fromkeys(case.patient for case in cases))
+    chosen = drawn_split(patients, split, 0.25, total=len(patients), root=root)
+    return [case for case in cases if case.patient in chosen]
 
 
 def fill_outlines(outlines: Iterable[np.ndarray], size: tuple[int, int], file: Path) -> np.ndarray:

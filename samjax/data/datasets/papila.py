@@ -10,18 +10,18 @@ in the same way instead. It joins the two experts.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from samjax.data.datasets.base import Case, Pictures, drawn_split, find_files, one_of
+from samjax.data.datasets.base import Case, Pictures, find_files, one_of
 from samjax.data.datasets.outlines import (
-    CLASS_NAMES,
     PARTS,
     Target,
+    drawn_cases,
     fill_outlines,
+    pictures_of_target,
     read_contour,
     target_labels,
 )
@@ -71,19 +71,8 @@ def papila(
             for number in experts
         )
         cases.append(Case(image.stem, (image,), labels, patient=image.stem[:6]))
-    drawn = drawn_split(cases, split, 0.25, total=488, root=root)
-    if drawn_by == "patient":
-        patients = list(dict.fromkeys(case.patient for case in cases))
-        chosen = drawn_split(patients, split, 0.25, total=len(patients), root=root)
-        drawn = [case for case in cases if case.patient in chosen]
-    return Pictures(
-        dataset="papila",
-        root=root,
-        split=split,
-        cases=tuple(drawn),
-        class_names=CLASS_NAMES[target],
-        read_label=partial(_labels, target=target),
-    )
+    drawn = drawn_cases(cases, split, drawn_by=drawn_by, total=488, root=root)
+    return pictures_of_target("papila", root, split, drawn, target, _labels)
 
 
 def _labels(case: Case, size: tuple[int, int], *, target: str) -> np.ndarray:

@@ -6,13 +6,18 @@ site). The split is the challenge's, and SAM2LoRA's, which tests on 400.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from samjax.data.datasets.base import Case, Pictures, find_files, one_of
-from samjax.data.datasets.outlines import CLASS_NAMES, PARTS, Target, read_grey, target_labels
+from samjax.data.datasets.outlines import (
+    PARTS,
+    Target,
+    pictures_of_target,
+    read_grey,
+    target_labels,
+)
 from samjax.data.images import DataError
 
 TREE = """
@@ -47,14 +52,7 @@ def refuge2(root: str | Path, split: str = "train", *, target: Target = "disc") 
         if not label.exists():
             label = label.with_suffix(".bmp")
         cases.append(Case(image.stem, (image,), (label,)))
-    return Pictures(
-        dataset="refuge2",
-        root=root,
-        split=split,
-        cases=tuple(cases),
-        class_names=CLASS_NAMES[target],
-        read_label=partial(_labels, target=target),
-    )
+    return pictures_of_target("refuge2", root, split, cases, target, _labels)
 
 
 def _labels(case: Case, size: tuple[int, int], *, target: str) -> np.ndarray:

@@ -9,9 +9,9 @@ for each side of it. Every case is drawn from ``seed`` and its position: no two 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from samjax.data.intensity import Window
 from samjax.data.itk import library
 from samjax.data.phantom_volume import phantom_ct, phantom_mr
 
+Item = TypeVar("Item")
 Shape = tuple[int, int, int]
 SHAPE = (48, 40, 8)  # voxels along i, j, k
 _CT_SPACING = (0.8, 0.8, 3.0)  # mm
@@ -32,6 +33,7 @@ _SYNAPSE = {
     **{"liver": 6, "stomach": 7, "aorta": 8, "postcava": 9, "veins": 10, "pancreas": 11},
     **{"right adrenal gland": 12, "left adrenal gland": 13},
 }
+_ATRIA = (*HSAM_TRAIN, *UAMT_TEST[:2])
 _AMOS = {name: n for n, name in enumerate(AMOS_CLASSES[:-1], start=1)} | {"prostate": 15}
 
 
@@ -144,13 +146,12 @@ def write_la2018(
     root: str | Path,
     *,
     shape: Shape = SHAPE,
-    cases: Sequence[str] = (*HSAM_TRAIN, *UAMT_TEST[:2]),
+    cases: Sequence[str] = _ATRIA,
     seed: int = 0,
 ) -> None:
     """The challenge's left atria: nrrd of uint8, 255 the atrium, in a folder an id."""
     root = Path(root)
-    for number, case in enumerate(cases):
-        (signal,), atrium = phantom_mr(shape, seed=_seed(seed, number))
+    for case, signal, atrium in _mr_scans(cases, shape, seed):
         folder = root / "Training Set" / case
         spacing = (0.625, 0.625, 0.625)
         _write(folder / "lgemri.nrrd", (signal // 4).clip(0, 255).astype(np.uint8), spacing)
@@ -161,13 +162,12 @@ def write_la2018_h5(
     root: str | Path,
     *,
     shape: Shape = SHAPE,
-    cases: Sequence[str] = (*HSAM_TRAIN, *UAMT_TEST[:2]),
+    cases: Sequence[str] = _ATRIA,
     seed: int = 0,
 ) -> None:
     """UA-MT's left atria: HDF5 of float32 with mean 0 and deviation 1, labels uint8 0 and 1."""
     root = Path(root)
-    for number, case in enumerate(cases):
-        (signal,), atrium = phantom_mr(shape, seed=_seed(seed, number))
+    for case, signal, atrium in _mr_scans(cases, shape, seed):
         file = root / "2018LA_Seg_Training Set" / case / "mri_norm2.h5"
         file.parent.mkdir(parents=True, exist_ok=True)
         image = ((signal - signal.mean()) / signal.std()).astype(np.float32)
@@ -185,8 +185,7 @@ def write_promise12(
     """PROMISE12: MetaImage with a raw file, int16, and the prostate as int8."""
     root = Path(root)
     folders = [("training_data", case) for case in cases] + [("test_data", case) for case in test]
-    for number, (folder, case) in enumerate(folders):
-        (signal,), prostate = phantom_mr(shape, seed=_seed(seed, number))
+    for (folder, case), signal, prostate in _mr_scans(folders, shape, seed):
         spacing = (0.625, 0.625, 3.6)
         _write(root / folder / f"Case{case:02d}.mhd", signal, spacing)
         if folder == "training_data":
@@ -274,6 +273,15 @@ def write_msd(
         "test": files[len(cases) :],
     }
     _write_json(root / "dataset.json", about)
+
+
+def _mr_scans(
+    cases: Sequence[Item], shape: Shape, seed: int
+) -> Iterator[tuple[Item, np.ndarray, np.ndarray]]:
+    """Each case with the signal and the part of a phantom of its own."""
+    for number, case in enumerate(cases):
+        (signal,), part = phantom_mr(shape, seed=_seed(seed, number))
+        yield case, signal, part
 
 
 def _seed(seed: int, number: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_sets import cut, touch, voxels
 from samjax.data import Slices
 from samjax.data.datasets.amos22 import amos22
 from samjax.data.datasets.base import Case, Pictures, Scans
@@ -33,24 +34,9 @@ SYNAPSE_MAP = {1: 1, 2: 2, 3: 3, 4: 4, 6: 5, 7: 6, 8: 7, 11: 8}  # SAMed's; othe
 SAME_GREY = 1 / 510 + 1e-6  # half a step of 8 bits
 
 
-def touch(*files: Path) -> None:
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-
-
-def voxels(file: Path) -> np.ndarray:
-    return np.asarray(nib.load(file).dataobj)
-
-
 def windowed(scan: np.ndarray) -> np.ndarray:
     """SAMed's 0..1 of Hounsfield units, float64."""
     return (np.clip(scan.astype(np.float64), -125, 275) + 125) / 400
-
-
-def cut(file: Path) -> None:
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) * 2 // 3])
 
 
 def test_synapse_is_sameds_preprocessing(tmp_path):
@@ -352,17 +338,6 @@ def test_truncated_and_missing_files(tmp_path):
     (tmp_path / "RawData/Training/label/label0006.nii.gz").unlink()
     with pytest.raises(DataError, match=r"label0006\.nii\.gz: no such file; expected by the syn"):
         scans[1]
-
-
-@pytest.mark.parametrize("reader", [synapse, synapse_samed, amos22, lits, kits19])
-def test_wrong_root_shows_the_expected_tree(tmp_path, reader):
-    touch(tmp_path / "holiday.jpg")
-    with pytest.raises(DataError, match=r"found there: holiday\.jpg\); expected\n+ +\S"):
-        reader(tmp_path)
-    with pytest.raises(DataError, match="no such folder"):
-        reader(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="split 'tain': expected one of train, "):
-        reader(tmp_path, "tain")
 
 
 def test_real_ct(shared_data):

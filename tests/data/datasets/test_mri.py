@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_sets import cut, touch, voxels
 from samjax.data import Slices
 from samjax.data.datasets.brats import MEN_MODALITIES, MODALITIES_2020, brats2020, brats_men
 from samjax.data.datasets.la2018 import HSAM_TRAIN, UAMT_TEST, la2018
@@ -33,23 +34,8 @@ MEN = "ASNR-MICCAI-BraTS2023-MEN-Challenge-TrainingData"
 GLIOMA = "MICCAI_BraTS2020_TrainingData"
 
 
-def touch(*files: Path) -> None:
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-
-
-def voxels(file: Path) -> np.ndarray:
-    return np.asarray(nib.load(file).dataobj)
-
-
 def itk_voxels(file: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file))).T
-
-
-def cut(file: Path) -> None:
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2])
 
 
 def touch_men(
@@ -333,15 +319,6 @@ def test_msd_by_arguments_and_broken_json(tmp_path):
         DataError, match=r"labelsTr.*_001\.nii\.gz: values 2 are no class; .*\(one\)"
     ):
         scans[0]
-
-
-@pytest.mark.parametrize("reader", [brats_men, brats2020, promise12, la2018])
-def test_wrong_root_shows_the_expected_tree(tmp_path, reader):
-    touch(tmp_path / "holiday.jpg")
-    with pytest.raises(DataError, match=r"found there: holiday\.jpg\); expected\n+ +\S"):
-        reader(tmp_path)
-    with pytest.raises(ValueError, match="split 'tain': expected one of train, "):
-        reader(tmp_path, "tain")
 
 
 def test_brats_men_without_annotated_cases(tmp_path):
