@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from samjax.data.datasets.base import Pictures, Scans
+from samjax.data.datasets.base import Scans, Source
 from samjax.data.slices import Slices
 from samjax.data.subsets import SegmentationDataset, Subset, patients_of
 from samjax.data.volumes import axis_codes, through_plane_axis
@@ -95,8 +95,8 @@ def survey(
         names = tuple(f"class {i}" for i in range(1, len(examples[0].pixels)))
     scans = _scans(_whole(dataset))
     found = [
-        *_empty(examples, dataset),
-        *_absent(examples, names),
+        *(_empty(examples, dataset) if _has_labels(_whole(dataset)) else ()),
+        *(_absent(examples, names) if _has_labels(_whole(dataset)) else ()),
         *_flat(examples),
         *_twice(examples),
         *_odd("size", [(e.name, f"{e.size[1]}x{e.size[0]}") for e in examples]),
@@ -132,6 +132,11 @@ def _look(dataset: SegmentationDataset, threads: int, progress: bool) -> tuple[S
 
 def _whole(dataset: Any) -> Any:
     return _whole(dataset.dataset) if isinstance(dataset, Subset) else dataset
+
+
+def _has_labels(dataset: Any) -> bool:
+    source = dataset.scans if isinstance(dataset, Slices) else dataset
+    return not isinstance(source, Source) or any(case.labels for case in source.cases)
 
 
 def _scans(dataset: Any) -> tuple[dict[str, Any], ...]:
@@ -173,8 +178,7 @@ def _empty(examples: Sequence[Seen], dataset: SegmentationDataset) -> Iterator[s
     else:
         empty = [e.name for e in examples if not e.pixels[1:].any()]
         kind = "masks are empty"
-    labelled = not isinstance(whole, Pictures) or any(case.labels for case in whole.cases)
-    if empty and labelled:
+    if empty:
         yield f"{len(empty)} {kind}: {_named(empty)}"
 
 

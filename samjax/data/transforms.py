@@ -6,13 +6,16 @@ are given and from nothing else.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import wraps
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 Pair = tuple[np.ndarray, np.ndarray]
+Pictures = tuple[Image.Image, Image.Image]
 
 
 class Augmentation(Protocol):
@@ -33,48 +36,78 @@ class Augmentation(Protocol):
     ) -> Pair: ...
 
 
+def on_arrays(change: Callable[..., Pictures]) -> Callable[..., Pair]:
+    """A change of Pillow pictures as one of arrays, uint8 (h, w, 3) and (h, w).
+
+    `__wrapped__` is the change itself: in a chain of them an array is not made after each, which
+    took a fifth of the time.
+    """
+
+    @wraps(change)
+    def changed(
+        image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, **options: Any
+    ) -> Pair:
+        pictures = change(picture_of(image), picture_of(mask), rng, **options)
+        return np.array(pictures[0]), np.array(pictures[1])
+
+    return changed
+
+
+def picture_of(array: np.ndarray) -> Image.Image:
+    """An image or a mask as Pillow's."""
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+@on_arrays
 def random_flip(
-    image: np.ndarray,
-    mask: np.ndarray,
+    image: Image.Image,
+    mask: Image.Image,
     rng: np.random.Generator,
     *,
     horizontal: float = 0.5,
     vertical: float = 0.5,
-) -> Pair:
+) -> Pictures:
     """Mirrors left-right and top-bottom, each with its own probability."""
-    if rng.random() < horizontal:
-        image, mask = image[:, ::-1], mask[:, ::-1]
-    if rng.random() < vertical:
-        image, mask = image[::-1], mask[::-1]
+    for probability, way in (
+        (horizontal, Image.Transpose.FLIP_LEFT_RIGHT),
+        (vertical, Image.Transpose.FLIP_TOP_BOTTOM),
+    ):
+        if rng.random() < probability:
+            image, mask = image.transpose(way), mask.transpose(way)
     return image, mask
 
 
+@on_arrays
 def random_rot90(
-    image: np.ndarray,
-    mask: np.ndarray,
+    image: Image.Image,
+    mask: Image.Image,
     rng: np.random.Generator,
     *,
     frame_size: tuple[int, int] | None = None,
-) -> Pair:
+) -> Pictures:
     """Turns by 0, 90, 180 or 270 degrees, evenly.
 
     Where the turned picture would not fit into `frame_size` (h, w), only by 0 or 180.
     """
-    height, width = mask.shape
+    width, height = mask.size
     lies_fit = frame_size is None or (width <= frame_size[0] and height <= frame_size[1])
     turns = int(rng.integers(4)) if lies_fit else 2 * int(rng.integers(2))
-    return np.rot90(image, turns), np.rot90(mask, turns)
+    if turns:
+        ways = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+        image, mask = image.transpose(ways[turns - 1]), mask.transpose(ways[turns - 1])
+    return image, mask
 
 
+@on_arrays
 def random_affine(
-    image: np.ndarray,
-    mask: np.ndarray,
+    image: Image.Image,
+    mask: Image.Image,
     rng: np.random.Generator,
     *,
     rotate: float = 0.0,
     scale: float = 0.0,
     shift: float = 0.0,
-) -> Pair:
+) -> Pictures:
     """Rotates, scales and shifts about the centre in one resampling; the size stays.
 
     The image is interpolated bilinearly, the mask takes the nearest pixel; what comes from
@@ -85,7 +118,7 @@ def random_affine(
         scale: largest relative enlargement, 0.25 draws factors from 1/1.25 to 1.25.
         shift: largest shift either way, as a fraction of height and width.
     """
-    height, width = mask.shape
+    width, height = mask.size
     angle = math.radians(rng.uniform(-rotate, rotate))
     factor = math.exp(rng.uniform(-1.0, 1.0) * math.log1p(scale))
     shift_y, shift_x = rng.uniform(-shift, shift, 2) * (height, width)
@@ -97,24 +130,24 @@ def random_affine(
         *(-sin, cos, height / 2 + sin * centre_x - cos * centre_y),
     )
 
-    def warp(array: np.ndarray, method: Image.Resampling) -> np.ndarray:
-        picture = Image.fromarray(np.ascontiguousarray(array))
+    def warp(picture: Image.Image, method: Image.Resampling) -> Image.Image:
         affine = Image.Transform.AFFINE
-        return np.array(picture.transform((width, height), affine, matrix, method, fillcolor=0))
+        return picture.transform((width, height), affine, matrix, method, fillcolor=0)
 
     return warp(image, Image.Resampling.BILINEAR), warp(mask, Image.Resampling.NEAREST)
 
 
+@on_arrays
 def random_colour(
-    image: np.ndarray,
-    mask: np.ndarray,
+    image: Image.Image,
+    mask: Image.Image,
     rng: np.random.Generator,
     *,
     brightness: float = 0.0,
     contrast: float = 0.0,
     gamma: float = 0.0,
     colour: float = 0.0,
-) -> Pair:
+) -> Pictures:
     """Changes gamma, then contrast about the image's mean, channel gains and brightness.
 
     All of it in one look-up table a channel, rounded once. The mask is returned as it is.
@@ -130,31 +163,32 @@ def random_colour(
         return np.exp(rng.uniform(-1.0, 1.0, count) * math.log1p(strength))
 
     levels = (np.arange(256) / 255.0) ** factors(gamma, 1)
-    mean = levels[image[::4, ::4]].mean()  # every 16th pixel is plenty for a mean
+    mean = levels[np.asarray(image)[::4, ::4]].mean()  # every 16th pixel is plenty for a mean
     levels = mean + (levels - mean) * factors(contrast, 1)
     table = factors(colour, 3)[:, None] * levels + rng.uniform(-brightness, brightness)
     table = np.clip(np.rint(255.0 * table), 0, 255).astype(np.uint8)
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    return np.array(picture.point(table.ravel().tolist())), mask
+    return image.point(table.ravel().tolist()), mask
 
 
+@on_arrays
 def random_blur(
-    image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, *, sigma: float = 0.0
-) -> Pair:
+    image: Image.Image, mask: Image.Image, rng: np.random.Generator, *, sigma: float = 0.0
+) -> Pictures:
     """Gaussian blur of a width drawn from 0 to `sigma` pixels. The mask is returned as it is."""
-    blur = ImageFilter.GaussianBlur(rng.uniform(0.0, sigma))
-    return np.array(Image.fromarray(np.ascontiguousarray(image)).filter(blur)), mask
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.0, sigma))), mask
 
 
+@on_arrays
 def random_noise(
-    image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, *, std: float = 0.0
-) -> Pair:
+    image: Image.Image, mask: Image.Image, rng: np.random.Generator, *, std: float = 0.0
+) -> Pictures:
     """Adds Gaussian noise of a strength drawn from 0 to `std` grey levels. The mask stays."""
-    noisy = rng.standard_normal(image.shape, dtype=np.float32)
+    pixels = np.asarray(image)
+    noisy = rng.standard_normal(pixels.shape, dtype=np.float32)
     noisy *= rng.uniform(0.0, std)  # in place from here on: the arrays are large
-    noisy += image
+    noisy += pixels
     np.clip(np.rint(noisy, out=noisy), 0, 255, out=noisy)
-    return noisy.astype(np.uint8), mask
+    return Image.fromarray(noisy.astype(np.uint8)), mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,31 +240,34 @@ class Augment:
         def applies(*strengths: float) -> bool:
             return any(strengths) and rng.random() < self.probability
 
+        pictures: Pictures | None = None
+
+        def change(by: Callable[..., Pair], **strengths: Any) -> None:
+            nonlocal pictures
+            before = pictures or (picture_of(image), picture_of(mask))
+            pictures = by.__wrapped__(*before, rng, **strengths)  # type: ignore[attr-defined]
+
         if applies(self.brightness, self.contrast, self.gamma, self.colour):
-            image, mask = random_colour(
-                image,
-                mask,
-                rng,
+            change(
+                random_colour,
                 brightness=self.brightness,
                 contrast=self.contrast,
                 gamma=self.gamma,
                 colour=self.colour,
             )
         if applies(self.blur):
-            image, mask = random_blur(image, mask, rng, sigma=self.blur)
+            change(random_blur, sigma=self.blur)
         if applies(self.noise):
-            image, mask = random_noise(image, mask, rng, std=self.noise)
+            change(random_noise, std=self.noise)
         if self.flip_horizontal or self.flip_vertical:
-            image, mask = random_flip(
-                image, mask, rng, horizontal=self.flip_horizontal, vertical=self.flip_vertical
-            )
+            change(random_flip, horizontal=self.flip_horizontal, vertical=self.flip_vertical)
         if self.rot90:
-            image, mask = random_rot90(image, mask, rng, frame_size=frame_size)
+            change(random_rot90, frame_size=frame_size)
         if applies(self.rotate, self.scale, self.shift):
-            image, mask = random_affine(
-                image, mask, rng, rotate=self.rotate, scale=self.scale, shift=self.shift
-            )
-        return image, mask
+            change(random_affine, rotate=self.rotate, scale=self.scale, shift=self.shift)
+        if pictures is None:
+            return image, mask
+        return np.asarray(pictures[0]), np.asarray(pictures[1])
 
 
 PRESETS = {
