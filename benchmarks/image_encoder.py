@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks.timing import alternate, machine, seconds, write
+from benchmarks.timing import alternate, machine, seconds
 from convert import reference, sam
+from samjax.atomic import write_json
 from samjax.models.functional import bind
 from samjax.models.sam import VARIANTS
 
@@ -73,7 +74,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         **alternate(theirs, ours, arguments.rounds),
         "stages_seconds": stages(config, params, images),
     }
-    write(arguments.out, report)
+    write_json(arguments.out, report)
     return report
 
 

@@ -27,8 +27,8 @@ from typing import Any
 import jax
 import tyro
 
-from benchmarks.timing import write
 from experiments import memory
+from samjax.atomic import write_json
 
 METHODS = (("full", 0), ("decoder", 0), ("lora+decoder", 4), ("lora+decoder", 64))
 METHODS += (("galore+decoder", 4), ("galore+decoder", 128))
@@ -168,7 +168,7 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
             raise RuntimeError(f"{settings}: {answer.stderr[-2000:]}")
         entry["result"] = json.loads(answer.stdout.splitlines()[-1])
         report["entries"].append(entry)
-        write(arguments.out, {**report, "jax": jax.__version__})
+        write_json(arguments.out, {**report, "jax": jax.__version__})
         name = " ".join(str(settings[key]) for key in ("kind", "model", "method", "rank"))
         print(f"{name} {settings['switches']}: {entry['result']['peak'] / 1e9:.3f} GB", flush=True)
     return report["entries"]

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks.timing import alternate, machine, matmul_peak, write
+from benchmarks.timing import alternate, machine, matmul_peak
 from convert import reference, sam2
+from samjax.atomic import write_json
 from samjax.models.functional import bind
 from samjax.models.prompt_encoder import merge_prompts
 from samjax.models.sam2_config import VARIANTS
@@ -124,7 +125,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     }
     achieved = flops / min(report["encoder"]["ours_seconds"])
     report["encoder"]["fraction_of_matmul_peak"] = round(achieved / matmul_peak(dtype), 3)
-    write(arguments.out, report)
+    write_json(arguments.out, report)
     return report
 
 

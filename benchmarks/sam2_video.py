@@ -24,7 +24,8 @@ import tyro
 from PIL import Image
 
 from benchmarks.sam2_image import setup
-from benchmarks.timing import machine, seconds, write
+from benchmarks.timing import machine, seconds
+from samjax.atomic import write_json
 from samjax.models.functional import bind
 from samjax.predictor import SamModel
 from samjax.video import SAM2VideoPredictor
@@ -106,7 +107,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         "with_a_full_bank": round(statistics.median(a / b for a, b in full), 3),
         "stages_seconds": stages(predictor, states[1], arguments.frames - 1),
     }
-    write(arguments.out, report)
+    write_json(arguments.out, report)
     return report
 
 

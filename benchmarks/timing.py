@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from samjax.atomic import atomic_write
 
 MALLOC = {name: os.environ.get(name) for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")}
 PEAK_SIZE = 4096  # side of the matrices whose product is the peak
@@ -64,9 +60,3 @@ def matmul_peak(dtype: Any) -> float:
     jax.block_until_ready(product(x))
     best = min(seconds(lambda: jax.block_until_ready(product(x))) for _ in range(3))
     return 2 * PEAK_SIZE**3 / best
-
-
-def write(path: Path, report: dict[str, Any]) -> None:
-    """The report as JSON."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")

@@ -19,10 +19,11 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from benchmarks.timing import alternate, machine, write
+from benchmarks.timing import alternate, machine
 from benchmarks.training import OurStep, noise_batch
 from benchmarks.upstream_training import make_step
 from experiments.memory import config_of
+from samjax.atomic import write_json
 from samjax.peft.presets import Method
 
 
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     report = run(arguments)
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     name = f"{arguments.variant}@{arguments.size}, {arguments.method}, {report['device']}"
-    write(arguments.out, {**known, name: report})
+    write_json(arguments.out, {**known, name: report})
     print(name)
     for key, value in report.items():
         print(f"  {key:<28}{value}")
