@@ -49,7 +49,8 @@ class Discs:
 
 def tuning_of(method, mesh):
     lora = LoraConfig(rank=4, projections=("q", "v", "mlp"))
-    tuning = seg.prepare(CONFIG, init_params(CONFIG, 0), method, lora=lora)
+    remat = mesh.size > 1  # nothing changes by it, on a mesh neither
+    tuning = seg.prepare(CONFIG, init_params(CONFIG, 0), method, lora=lora, remat=remat)
     return seg.on_mesh(tuning, mesh)
 
 
