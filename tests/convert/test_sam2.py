@@ -1,6 +1,7 @@
 """SAM 2's tables, shapes and command, without PyTorch where that can be."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def official_shapes(shared_data, name="sam2.1_hiera_tiny"):
 def test_any_one_missing_tensor_is_recognised(shared_data):
     shapes = official_shapes(shared_data)
     config = sam2("hiera_tiny")
-    for key in shapes:
+    for key in [*shapes][:: 1 if os.environ.get("SAMJAX_EVERY_SIZE") else 7]:
         rest = {name: shape for name, shape in shapes.items() if name != key}
         assert infer_config(rest) == config, key
 

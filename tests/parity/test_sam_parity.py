@@ -5,6 +5,7 @@ largest difference over the standard deviation of upstream's output.
 """
 
 import dataclasses
+import os
 from importlib.util import find_spec
 
 import jax
@@ -217,6 +218,8 @@ def test_module(differences: dict[str, float], name: str, record_property):
 @pytest.mark.parametrize("variant", [vit_b, vit_l, vit_h])
 def test_blocks_of_real_width(variant, record_property):
     """A windowed and a global block at 1024², between real patch embedding and real neck."""
+    if variant is not vit_h and not os.environ.get("SAMJAX_EVERY_SIZE"):
+        pytest.skip("set SAMJAX_EVERY_SIZE=1 for all three; the whole vit_b is tested elsewhere")
     config = variant()
     vit = dataclasses.replace(config.image_encoder, depth=2, global_blocks=(1,))
     config = dataclasses.replace(config, image_encoder=vit)
