@@ -36,6 +36,12 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 install_import_hook("samjax.models", "beartype.beartype")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: no process ends with one while the others wait for it."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real files (data sets, checkpoints), which are not part of the repository.
