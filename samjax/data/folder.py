@@ -6,6 +6,7 @@ from typing import Any
 
 from samjax.data.images import (
     DataError,
+    check_sizes,
     image_header_size,
     mask_header_size,
     read_image,
@@ -75,7 +76,7 @@ class FolderDataset:
         image_path, mask_path = self.pairs[index]
         image = read_image(image_path)
         mask = read_mask(mask_path, self.classes)
-        _check_sizes(image_path, image.shape[:2], mask_path, mask.shape)
+        check_sizes(image_path, image.shape[:2], mask_path, mask.shape)
         return {"image": image, "mask": mask, "name": image_path.stem}
 
     def check(self) -> None:
@@ -91,7 +92,7 @@ class FolderDataset:
         for image_path, mask_path in self.pairs:
             try:
                 image_size, mask_size = image_header_size(image_path), mask_header_size(mask_path)
-                _check_sizes(image_path, image_size, mask_path, mask_size)
+                check_sizes(image_path, image_size, mask_path, mask_size)
             except DataError as error:
                 problems.append(str(error))
         if problems:
@@ -109,16 +110,6 @@ def _checked_classes(classes: Sequence[int]) -> tuple[int, ...]:
             "mask values above 0 (0 is the background)"
         )
     return values
-
-
-def _check_sizes(
-    image_path: Path, image_size: tuple[int, ...], mask_path: Path, mask_size: tuple[int, ...]
-) -> None:
-    if image_size != mask_size:
-        raise DataError(
-            f"{mask_path}: the mask is {mask_size[1]}x{mask_size[0]} pixels (width x height), its "
-            f"image {image_path} is {image_size[1]}x{image_size[0]}; expected the same size"
-        )
 
 
 def _files(folder: Path, what: str) -> list[Path]:

@@ -109,6 +109,17 @@ def mask_header_size(path: str | Path) -> tuple[int, int]:
         return _oriented_size(image)
 
 
+def check_sizes(
+    image_path: Path, image_size: tuple[int, ...], mask_path: Path | str, mask_size: tuple[int, ...]
+) -> None:
+    """``DataError`` unless a mask has the size (h, w) of its image; the paths are named in it."""
+    if image_size != mask_size:
+        raise DataError(
+            f"{mask_path}: the mask is {mask_size[1]}x{mask_size[0]} pixels (width x height), its "
+            f"image {image_path} is {image_size[1]}x{image_size[0]}; expected the same size"
+        )
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Opens an image; whatever Pillow raises within becomes a DataError with the file's name."""

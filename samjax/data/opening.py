@@ -16,7 +16,7 @@ from samjax.data.datasets.base import Pictures, Scans
 from samjax.data.images import DataError
 from samjax.data.intensity import Window
 from samjax.data.slices import Crop, Slices, Take
-from samjax.data.subsets import SegmentationDataset, Subset, without_bad
+from samjax.data.subsets import SegmentationDataset, without_bad
 
 Reader = Callable[..., Pictures | Scans]
 
@@ -147,19 +147,12 @@ def settings_of(options: SourceOptions, reader_args: Sequence[str] = ()) -> dict
 
 def names_of(dataset: SegmentationDataset) -> tuple[str, ...] | None:
     """Name of each example, without reading any; None where the data set does not know."""
-    known = getattr(dataset, "names", None)
-    if known is None and isinstance(dataset, Subset):
-        inner = names_of(dataset.dataset)
-        return None if inner is None else tuple(inner[index] for index in dataset.indices)
-    return None if known is None else tuple(known)
+    return getattr(dataset, "names", None)
 
 
 def class_names_of(dataset: SegmentationDataset) -> tuple[str, ...] | None:
     """Label i + 1 is the i-th of these; None where the data set does not know."""
-    known = getattr(dataset, "class_names", None)
-    if known is None and isinstance(dataset, Subset):
-        return class_names_of(dataset.dataset)
-    return None if known is None else tuple(known)
+    return getattr(dataset, "class_names", None)
 
 
 def _for_volumes(options: SourceOptions) -> str:

@@ -20,7 +20,7 @@ from absl import flags
 from samjax.data.images import DataError
 from samjax.data.prompts import as_jitter, as_modes, num_slots, sample_prompt
 from samjax.data.regions import as_region
-from samjax.data.subsets import SegmentationDataset
+from samjax.data.subsets import SegmentationDataset, is_pair
 from samjax.data.transforms import Augment, Augmentation
 from samjax.frame import Fit, pad_to_frame, resize, size_in_frame
 from samjax.prompt_labels import INVALID
@@ -257,11 +257,7 @@ class _ResizedExamples:
     def _load(self, index: int) -> dict[str, Any]:
         example = self._dataset[index]
         image, mask = example["image"], example["mask"]
-        if (
-            not (image.dtype == mask.dtype == np.uint8)
-            or image.shape != (*mask.shape, 3)
-            or not mask.size
-        ):
+        if not is_pair(image, mask):
             raise DataError(
                 f"example {index} ({example['name']}): image {image.dtype} {image.shape} and mask "
                 f"{mask.dtype} {mask.shape}; expected uint8 (h, w, 3) and uint8 (h, w)"
@@ -284,12 +280,7 @@ class _FinishExample:
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         image, mask = self.augment(example["image"], example["mask"], rng, self.frame_size)
-        if (
-            not (image.dtype == mask.dtype == np.uint8)
-            or image.shape != (*mask.shape, 3)
-            or not mask.size
-            or any(np.greater(mask.shape, self.frame_size))
-        ):
+        if not is_pair(image, mask) or any(np.greater(mask.shape, self.frame_size)):
             raise ValueError(
                 f"{self.augment} made image {image.dtype} {image.shape} and mask {mask.dtype} "
                 f"{mask.shape} of example {example['index']}; expected uint8 (h, w, 3) and uint8 "

@@ -40,7 +40,7 @@ from samjax.data.opening import (
     open_source,
     settings_of,
 )
-from samjax.data.subsets import SegmentationDataset, patients_of
+from samjax.data.subsets import SegmentationDataset, is_pair, patients_of
 from samjax.data.tfds import (
     Plan,
     add_split,
@@ -252,12 +252,7 @@ class _Encoder:
 
 def _check_example(example: Mapping[str, Any], name: str, num_classes: int) -> None:
     image, mask = example["image"], example["mask"]
-    if (
-        not image.dtype == mask.dtype == np.uint8
-        or image.shape != (*mask.shape, 3)
-        or mask.ndim != 2
-        or not mask.size
-    ):
+    if not is_pair(image, mask):
         raise DataError(
             f"image {image.dtype} {image.shape} and mask {mask.dtype} {mask.shape}; expected "
             "uint8 (h, w, 3) and uint8 (h, w)"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,12 +151,9 @@ def _other_splits(arguments: Arguments, reader_args: Sequence[str]) -> dict[str,
     others = {}
     for split in _OTHERS if arguments.against == "auto" else ():
         if split != arguments.split:
-            settings = {**vars(arguments), "split": split, "skip_bad": None}
-            options = SourceOptions(
-                **{name: settings[name] for name in SourceOptions.__dataclass_fields__}
-            )
+            other = replace(arguments, split=split, skip_bad=None)
             try:
-                others[split] = open_source(options, reader_args)
+                others[split] = open_source(other, reader_args)
             except ValueError as error:  # it has no such split, or its files are not here
                 print(f"not compared with the split {split!r}: {str(error).splitlines()[0]}")
     return others

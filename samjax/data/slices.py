@@ -5,15 +5,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from tqdm import tqdm
 
 from samjax.data.datasets.base import Scans
 from samjax.data.images import DataError
 from samjax.data.intensity import Intensity
+from samjax.data.subsets import in_threads
 from samjax.data.volumes import through_plane_axis
 
 Take = Literal["all", "foreground", "largest", "middle", "random"]
@@ -229,10 +228,8 @@ class Slices:
             beside = tuple(other for other in range(3) if other != axis)
             return choose(case, np.count_nonzero(self.scans.label(case), axis=beside))
 
-        with ThreadPoolExecutor(4) as pool:
-            cases = range(len(self.scans))
-            hidden = not progress or choose.take == "all" or len(cases) <= _FEW
-            return list(tqdm(pool.map(slices_of, cases), "labels", len(cases), disable=hidden))
+        shown = progress and choose.take != "all" and len(self.scans) > _FEW
+        return in_threads(slices_of, len(self.scans), "labels", progress=shown)
 
 
 class _Chooser(NamedTuple):

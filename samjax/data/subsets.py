@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from samjax.atomic import atomic_write
 from samjax.data.images import DataError
+
+Found = TypeVar("Found")
 
 
 class SegmentationDataset(Protocol):
@@ -25,6 +27,21 @@ class SegmentationDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+def is_pair(image: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether two arrays are an example's: uint8 (h, w, 3) and uint8 (h, w), not empty."""
+    uint8 = image.dtype == mask.dtype == np.uint8
+    return uint8 and mask.ndim == 2 and mask.size > 0 and image.shape == (*mask.shape, 3)
+
+
+def in_threads(
+    function: Callable[[int], Found], count: int, title: str, *, threads: int = 4, progress: bool
+) -> list[Found]:
+    """The answers for the numbers up to ``count``, in order, with a progress bar."""
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(function, range(count))
+        return list(tqdm(found, title, count, disable=not progress))
 
 
 def patients_of(dataset: SegmentationDataset) -> tuple[str, ...]:
@@ -50,6 +67,17 @@ class Subset:
     def num_classes(self) -> int:
         """Classes beside the background; 1 where the data set does not say."""
         return getattr(self.dataset, "num_classes", 1)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Label i + 1 is the i-th of these; None where the data set does not say."""
+        return getattr(self.dataset, "class_names", None)
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Name of each example; None where the data set does not say."""
+        known = getattr(self.dataset, "names", None)
+        return None if known is None else tuple(known[index] for index in self.indices)
 
     @property
     def patients(self) -> tuple[str, ...]:
@@ -125,10 +153,7 @@ def without_bad(
             return " ".join(str(error).split())
         return None
 
-    with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(problem, range(len(dataset)))
-        bar = tqdm(found, "checking", len(dataset), disable=not progress, unit="example")
-        problems = list(bar)
+    problems = in_threads(problem, len(dataset), "checking", threads=threads, progress=progress)
     with atomic_write(list_file) as temporary:
         lines = [f"{index}\t{why}\n" for index, why in enumerate(problems) if why]
         temporary.write_text("".join(lines), "utf-8")

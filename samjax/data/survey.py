@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from samjax.data.datasets.base import Scans, Source
 from samjax.data.slices import Slices
-from samjax.data.subsets import SegmentationDataset, Subset, patients_of
+from samjax.data.subsets import SegmentationDataset, Subset, in_threads, patients_of
 from samjax.data.volumes import axis_codes, through_plane_axis
 
 _NAMED = 5  # examples named with a finding
@@ -90,18 +88,19 @@ def survey(
         DataError: an example that cannot be used.
     """
     examples = _look(dataset, threads, progress)
-    names = getattr(_whole(dataset), "class_names", None)
+    names = getattr(dataset, "class_names", None)
     if names is None:
         names = tuple(f"class {i}" for i in range(1, len(examples[0].pixels)))
-    scans = _scans(_whole(dataset))
+    whole = _whole(dataset)
+    scans = _scans(whole)
+    labelled = (*_empty(examples, whole), *_absent(examples, names)) if _has_labels(whole) else ()
     found = [
-        *(_empty(examples, dataset) if _has_labels(_whole(dataset)) else ()),
-        *(_absent(examples, names) if _has_labels(_whole(dataset)) else ()),
+        *labelled,
         *_flat(examples),
         *_twice(examples),
         *_odd("size", [(e.name, f"{e.size[1]}x{e.size[0]}") for e in examples]),
         *_odd("orientation", [(scan["name"], scan["orientation"]) for scan in scans]),
-        *_across(scans, _whole(dataset)),
+        *_across(scans, whole),
     ]
     for split, other in (others or {}).items():
         found += _leaks(examples, split, _look(other, threads, progress))
@@ -110,19 +109,17 @@ def survey(
 
 def _look(dataset: SegmentationDataset, threads: int, progress: bool) -> tuple[Seen, ...]:
     patients = patients_of(dataset)
-    count = getattr(_whole(dataset), "num_classes", None)
+    count = getattr(dataset, "num_classes", 1)
 
     def look(index: int) -> Seen:
         example = dataset[index]
         image, mask = example["image"], example["mask"]
-        pixels = np.bincount(mask.ravel(), minlength=1 + (count or 1))
+        pixels = np.bincount(mask.ravel(), minlength=1 + count)
         digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
         flat = bool(image.min() == image.max())
         return Seen(example["name"], patients[index], mask.shape, digest, pixels, flat)
 
-    with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(look, range(len(dataset)))
-        seen = list(tqdm(found, "reading", len(dataset), disable=not progress, unit="example"))
+    seen = in_threads(look, len(dataset), "reading", threads=threads, progress=progress)
     width = max(len(example.pixels) for example in seen)
     return tuple(
         example._replace(pixels=np.pad(example.pixels, (0, width - len(example.pixels))))
@@ -168,10 +165,9 @@ def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def _empty(examples: Sequence[Seen], dataset: SegmentationDataset) -> Iterator[str]:
+def _empty(examples: Sequence[Seen], dataset: Any) -> Iterator[str]:
     """Pictures without foreground, and volumes without any in all their slices."""
-    whole = _whole(dataset)
-    if isinstance(whole, Slices):
+    if isinstance(dataset, Slices):
         filled = {e.patient for e in examples if e.pixels[1:].any()}
         empty = list(dict.fromkeys(e.patient for e in examples if e.patient not in filled))
         kind = "volumes have no foreground in any slice"

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageFilter
 
+from samjax.data.warps import picture_of
+
 Pair = tuple[np.ndarray, np.ndarray]
 Pictures = tuple[Image.Image, Image.Image]
 
@@ -51,11 +53,6 @@ def on_arrays(change: Callable[..., Pictures]) -> Callable[..., Pair]:
         return np.array(pictures[0]), np.array(pictures[1])
 
     return changed
-
-
-def picture_of(array: np.ndarray) -> Image.Image:
-    """An image or a mask as Pillow's."""
-    return Image.fromarray(np.ascontiguousarray(array))
 
 
 @on_arrays

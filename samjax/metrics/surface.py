@@ -178,6 +178,5 @@ def nearest(of: np.ndarray, to: np.ndarray, spacing: Sequence[float]) -> np.ndar
 
 
 def _border(mask: np.ndarray) -> np.ndarray:
-    return mask & np.logical_not(
-        ndimage.binary_erosion(mask)
-    )  # the default structure: 4 or 6 neighbours
+    inner = ndimage.binary_erosion(mask)  # the default structure: 4 or 6 neighbours
+    return mask & np.logical_not(inner)

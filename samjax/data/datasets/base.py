@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from samjax.data.images import DataError, read_image
+from samjax.data.images import DataError, check_sizes, read_image
 from samjax.data.intensity import Intensity, Percentiles
 from samjax.data.volumes import Volume, read_volume, volume_shape
 
@@ -124,12 +124,8 @@ class Pictures(Source):
         image = self.read_picture(case.images[0])
         size = (image.shape[0], image.shape[1])
         mask = self.read_label(case, size) if case.labels else np.zeros(size, np.uint8)
-        if mask.shape != size:
-            raise DataError(
-                f"{case.labels[0]}: the mask is {mask.shape[1]}x{mask.shape[0]} pixels (width x "
-                f"height), its image {case.images[0]} is {size[1]}x{size[0]}; expected the same "
-                "size"
-            )
+        if case.labels:
+            check_sizes(case.images[0], size, case.labels[0], mask.shape)
         return {
             "image": image,
             "mask": mask,

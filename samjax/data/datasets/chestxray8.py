@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from samjax.data.datasets.base import Case, Pictures, one_of, wrong_tree
-from samjax.data.images import DataError
+from samjax.data.images import DataError, check_sizes
 
 TREE = """
     images_001/images/00000001_000.png … images_012/images/…     (or all of them in images/)
@@ -203,11 +203,7 @@ def _organs(case: Case, size: tuple[int, int], *, places: Mapping[str, _Place]) 
         height, width = int(float(row["Height"])), int(float(row["Width"]))
     except ValueError as error:
         raise DataError(f"{where}: Height and Width are no whole numbers") from error
-    if (height, width) != size:
-        raise DataError(
-            f"{where}: the mask is {width}x{height} pixels (width x height), its image "
-            f"{case.images[0]} is {size[1]}x{size[0]}; expected the same size"
-        )
+    check_sizes(case.images[0], size, where, (height, width))
     labels = np.zeros(height * width, np.uint8)
     for label, column in enumerate(_COLUMNS, start=1):
         for start, end in _runs(row[column], labels.size, f"{where}, column {column}"):

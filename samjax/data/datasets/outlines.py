@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from samjax.data.datasets.base import Case, Pictures, drawn_split
-from samjax.data.images import DataError, read_image, read_mask
+from samjax.data.images import DataError, check_sizes, read_image, read_mask
 
 Target = Literal["disc", "cup", "rim", "disc+cup"]
 
@@ -41,11 +41,7 @@ def joined_masks(
 
 def of_size(mask: np.ndarray, size: tuple[int, int], file: Path, image: Path) -> np.ndarray:
     """The mask (h, w) of a file if it has the size of its image, else ``DataError``."""
-    if mask.shape != size:
-        raise DataError(
-            f"{file}: the mask is {mask.shape[1]}x{mask.shape[0]} pixels (width x height), its "
-            f"image {image} is {size[1]}x{size[0]}; expected the same size"
-        )
+    check_sizes(image, size, file, mask.shape)
     return mask
 
 

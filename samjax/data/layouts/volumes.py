@@ -8,13 +8,13 @@ for each side of it. Every case is drawn from ``seed`` and its position: no two 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from samjax.atomic import write_json
 from samjax.data.datasets.amos22 import CLASSES as AMOS_CLASSES
 from samjax.data.datasets.brats import MEN_MODALITIES, MODALITIES_2020
 from samjax.data.datasets.hdf5 import write_h5
@@ -106,7 +106,7 @@ def write_amos22(
                 entry["label"] = f"./labels{end}/{name}"
                 _write(root / f"labels{end}" / name, organs, _CT_SPACING)
             about[key].append(entry)
-    _write_json(root / "dataset.json", about)
+    write_json(root / "dataset.json", about)
 
 
 def write_lits(
@@ -272,7 +272,7 @@ def write_msd(
         "training": [{"image": f, "label": f.replace("images", "labels")} for f in training],
         "test": files[len(cases) :],
     }
-    _write_json(root / "dataset.json", about)
+    write_json(root / "dataset.json", about)
 
 
 def _mr_scans(
@@ -300,7 +300,3 @@ def _write(file: Path, array: np.ndarray, spacing: Sequence[float]) -> None:
     image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
     image.SetSpacing(spacing)
     sitk.WriteImage(image, str(file), useCompression=file.suffix == ".nrrd")
-
-
-def _write_json(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content, indent=2), "utf-8")
