@@ -6,8 +6,9 @@ For each model, method and switch: what our compiled step plans (bytes of weight
 optimizer state, temporaries, peak; nothing runs), what a process holds at most while it makes
 three steps after two, ours and PyTorch's with Meta's modules, and the median time of a step.  On a
 CPU (of Linux) what a process holds is its peak resident memory above that of its imports; the peak
-of the first two steps, compiling included, stands beside it.  On a GPU it is each framework's own
-peak.  Every measurement has a process of its own and is written at once: a run that was stopped
+of the first two steps, compiling included, stands beside it; time is that of all its cores, which
+other work on the machine hardly changes.  On a GPU memory is each framework's own peak, time the
+clock's.  Every measurement has a process of its own and is written at once: a run that was stopped
 goes on.
 """
 
@@ -105,11 +106,12 @@ def steps(
         )
     losses = [step() for _ in range(WARM_UP)]
     start = None if on_gpu else forget_peak() - base
+    clock = time.perf_counter if on_gpu else time.process_time
     seconds = []
     for _ in range(STEPS):
-        started = time.perf_counter()
+        started = clock()
         losses.append(step())
-        seconds.append(round(time.perf_counter() - started, 3))
+        seconds.append(round(clock() - started, 3))
     if on_gpu and kind == "torch":
         held = torch.cuda.max_memory_allocated()
     elif on_gpu:
