@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import math
 import zlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -73,14 +75,21 @@ def _draw(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     # A stream per leaf: a change of one layer leaves the others as they were.
     rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(path.encode())]))
     match path.rsplit("/", 1)[-1]:
-        case "bias" | "rel_pos_h" | "rel_pos_w":
+        case "bias" | "rel_pos_h" | "rel_pos_w" | "mean":
             return np.zeros(shape)
-        case "scale":
+        case "scale" | "variance":
             return np.ones(shape)
         case "kernel":  # Xavier for dense layers, LeCun for convolutions
             fan = sum(shape) / 2 if len(shape) == 2 else math.prod(shape[:-1])
             bound = (3 / fan) ** 0.5
             return rng.uniform(-bound, bound, shape)
+        case "a":  # low-rank factors of a stage-2 encoder: hl_attention.py
+            bound = shape[0] ** -0.5
+            return rng.uniform(-bound, bound, shape)
+        case "b":
+            return np.zeros(shape)
+        case "gain" | "gate":
+            return np.ones(shape)
         case "gamma":  # a residual branch that starts almost switched off
             return np.full(shape, 1e-6)
         case name if name.endswith("_embed") or name == "pos_embed_window":
@@ -99,14 +108,15 @@ def bind(
     adapter: Params | None = None,
     adapter_scale: float = 1.0,
     adapter_dropout: float = 0.0,
+    drop_output: bool = False,
     dropout_key: jax.Array | None = None,
 ) -> Any:
     """The module with ``params``, computing in ``dtype``, with an adapter laid beside it.
 
     ``adapter`` is a tree ``{path of a Dense: {block: {"a": (in, r), "b": (r, out)}}}``; ``block``
     names output columns: ``q``, ``k``, ``v`` of a fused ``qkv``, or ``all``.  It is added as
-    ``adapter_scale · (x a) b``; with ``dropout_key``, entries of ``x`` are dropped with probability
-    ``adapter_dropout`` on the side path only.
+    ``adapter_scale · (x a) b``; with ``dropout_key``, entries of ``x``, or with ``drop_output`` of
+    the product, are dropped with probability ``adapter_dropout`` on the side path only.
 
     Raises ``ValueError`` naming all missing, unknown and mis-shaped parameters, or all factors of
     the adapter that fit no dense layer.
@@ -125,11 +135,14 @@ def bind(
     nnx.replace_by_pure_dict(state, pure)
     module = nnx.merge(graph, state)
     if adapter is not None:
-        _lay_adapter(module, adapter, adapter_scale, adapter_dropout, dropout_key)
+        side = partial(
+            SidePath, scale=adapter_scale, dropout=adapter_dropout, drop_output=drop_output
+        )
+        _lay_adapter(module, adapter, side, dropout_key)
     return module
 
 
-def _lay_adapter(module, adapter: Params, scale: float, dropout: float, key) -> None:
+def _lay_adapter(module, adapter: Params, side_path: Callable[..., SidePath], key) -> None:
     sides: dict[str, list[SidePath]] = {}
     flat, problems = flatten(adapter), []
     for path in flat:
@@ -155,7 +168,7 @@ def _lay_adapter(module, adapter: Params, scale: float, dropout: float, key) -> 
             problems.append(f"{pair}: expected shapes {expected}, got {(a.shape, b.shape)}")
             continue
         own_key = None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))
-        sides.setdefault(dense_path, []).append(SidePath(a, b, columns, scale, dropout, own_key))
+        sides.setdefault(dense_path, []).append(side_path(a, b, columns, key=own_key))
     if problems:
         raise ValueError("the adapter does not fit the model:\n  " + "\n  ".join(problems))
     for dense_path, paths in sides.items():

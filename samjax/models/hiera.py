@@ -109,6 +109,10 @@ class HieraConfig:
             width = wider
         return plans
 
+    def build_block(self, plan: BlockPlan, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
+        """The block of that plan. A hook for subclasses."""
+        return Block(plan, self.mlp_ratio, dtype=dtype, rngs=rngs)
+
 
 class Attention(nnx.Module):
     """Multi-head attention over a grid; with ``pool``, each 2 × 2 queries become their maximum."""
@@ -120,8 +124,12 @@ class Attention(nnx.Module):
         self.pool = plan.pool
 
     def __call__(self, x: Float[Array, "b gh gw i"]) -> Float[Array, "b gh2 gw2 c"]:
-        b = len(x)
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        return self.mix(self.qkv(x))
+
+    def mix(self, qkv: Float[Array, "b gh gw c3"]) -> Float[Array, "b gh2 gw2 c"]:
+        """The attention of given queries, keys and values, projection of the output included."""
+        b = len(qkv)
+        q, k, v = jnp.split(qkv, 3, axis=-1)
         if self.pool:
             q = max_pool(q)
         grid = q.shape[1:3]
@@ -164,11 +172,15 @@ class Block(nnx.Module):
             if plan.pool:
                 rows, columns = (side // plan.window for side in padded)
                 padded = rows * (plan.window // 2), columns * (plan.window // 2)
-            attended = merge_windows(self.attn(windows), padded, (x.shape[1], x.shape[2]))
+            attended = merge_windows(self.attend(windows), padded, (x.shape[1], x.shape[2]))
         else:
-            attended = self.attn(normed)
+            attended = self.attend(normed)
         x = x + attended
         return x + self.mlp(self.norm2(x))
+
+    def attend(self, x: Float[Array, "b gh gw i"]) -> Float[Array, "b gh2 gw2 c"]:
+        """What is added to the tokens of each window, from its normed tokens."""
+        return self.attn(x)
 
 
 class Trunk(nnx.Module):
@@ -180,7 +192,7 @@ class Trunk(nnx.Module):
         self.pos_embed = nnx.Param(EMBEDDING_INIT(rngs.params(), (1, *config.position_grid, width)))
         self.pos_embed_window = nnx.Param(EMBEDDING_INIT(rngs.params(), (1, window, window, width)))
         self.blocks = nnx.List(
-            [Block(plan, config.mlp_ratio, dtype=dtype, rngs=rngs) for plan in config.blocks()]
+            [config.build_block(plan, dtype=dtype, rngs=rngs) for plan in config.blocks()]
         )
         self.config = config
         self.remat: Remat = remat

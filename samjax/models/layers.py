@@ -71,7 +71,8 @@ class SidePath(NamedTuple):
     """A low-rank side path of one column block of a dense layer: ``y[..., block] += s (x a) b``.
 
     a: ``(in, r)``; b: ``(r, block)``; columns: start and stop of the block in the output;
-    dropout: probability of dropping an entry of ``x``, active only if ``key`` is given.
+    dropout: probability of dropping an entry of ``x``, or with ``drop_output`` of the side path's
+    output (SAM2LoRA's), active only if ``key`` is given.
     """
 
     a: Float[Array, "i r"]
@@ -80,6 +81,7 @@ class SidePath(NamedTuple):
     scale: float = 1.0
     dropout: float = 0.0
     key: Array | None = None
+    drop_output: bool = False
 
 
 class Dense(nnx.Module):
@@ -106,13 +108,21 @@ class Dense(nnx.Module):
 
 
 def _add_side_path(x: Array, y: Array, side: SidePath) -> Array:
-    if side.dropout and side.key is not None:
-        keep = jax.random.bernoulli(side.key, 1 - side.dropout, x.shape)
-        x = jnp.where(keep, x / (1 - side.dropout), 0)
+    if not side.drop_output:
+        x = _drop(x, side)
     delta = side.scale * ((x @ side.a.astype(x.dtype)) @ side.b.astype(x.dtype))
+    if side.drop_output:
+        delta = _drop(delta, side)
     start, stop = side.columns
     outside = [(0, 0)] * (y.ndim - 1) + [(start, y.shape[-1] - stop)]
     return y + jnp.pad(delta, outside)
+
+
+def _drop(x: Array, side: SidePath) -> Array:
+    if not side.dropout or side.key is None:
+        return x
+    keep = jax.random.bernoulli(side.key, 1 - side.dropout, x.shape)
+    return jnp.where(keep, x / (1 - side.dropout), 0)
 
 
 class Embedding(nnx.Module):

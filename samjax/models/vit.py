@@ -62,6 +62,10 @@ class ViTConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
+    def build_block(self, window: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
+        """A block with windows of that side in tokens (0: the grid). A hook for subclasses."""
+        return Block(self, window, dtype=dtype, rngs=rngs)
+
 
 class PatchEmbed(nnx.Module):
     """A ``patch × patch`` convolution of stride ``patch``, computed as one matrix product."""
@@ -95,9 +99,13 @@ class Attention(nnx.Module):
         self.heads = heads
 
     def __call__(self, x: Float[Array, "b gh gw c"]) -> Float[Array, "b gh gw c"]:
-        b, gh, gw, c = x.shape
+        return self.mix(self.qkv(x))
+
+    def mix(self, qkv: Float[Array, "b gh gw c3"]) -> Float[Array, "b gh gw c"]:
+        """The attention of given queries, keys and values, projection of the output included."""
+        b, gh, gw, c = *qkv.shape[:3], qkv.shape[3] // 3
         head_dim = c // self.heads
-        qkv = self.qkv(x).reshape(b, gh * gw, 3, self.heads, head_dim)
+        qkv = qkv.reshape(b, gh * gw, 3, self.heads, head_dim)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # b n t d
         table_h = self.rel_pos_h[...][relative_index(gh)].astype(q.dtype)  # gh gh d
         table_w = self.rel_pos_w[...][relative_index(gw)].astype(q.dtype)
@@ -176,11 +184,15 @@ class Block(nnx.Module):
         attended = self.norm1(x)
         if self.window:
             windows, padded = partition_windows(attended, self.window)
-            attended = merge_windows(self.attn(windows), padded, (x.shape[1], x.shape[2]))
+            attended = merge_windows(self.attend(windows), padded, (x.shape[1], x.shape[2]))
         else:
-            attended = self.attn(attended)
+            attended = self.attend(attended)
         x = x + attended
         return x + self.mlp(self.norm2(x))
+
+    def attend(self, x: Float[Array, "b gh gw c"]) -> Float[Array, "b gh gw c"]:
+        """What is added to the tokens of each window, from its normed tokens."""
+        return self.attn(x)
 
 
 class Neck(nnx.Module):
@@ -207,7 +219,7 @@ class ImageEncoder(nnx.Module):
         self.patch_embed = PatchEmbed(config.patch_size, config.width, dtype=dtype, rngs=rngs)
         self.pos_embed = nnx.Param(EMBEDDING_INIT(rngs.params(), (1, *config.grid, config.width)))
         windows = [0 if i in config.global_blocks else config.window for i in range(config.depth)]
-        self.blocks = nnx.List([Block(config, w, dtype=dtype, rngs=rngs) for w in windows])
+        self.blocks = nnx.List([config.build_block(w, dtype=dtype, rngs=rngs) for w in windows])
         self.neck = Neck(config.width, config.out_channels, dtype=dtype, rngs=rngs)
         self.config = config
         self.remat: Remat = remat
