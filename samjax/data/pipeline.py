@@ -77,6 +77,7 @@ def make_loader(
     box_jitter: float | None = None,
     region: str = "foreground",
     box_rule: str = "sides",
+    slots: int | None = None,
     num_epochs: int | None = 1,
     drop_remainder: bool = False,
     start_step: int = 0,
@@ -103,6 +104,8 @@ def make_loader(
         augment: see `Augment` and `paper_augment`, or anything of that form; None for none.
         prompt_modes, num_points, num_negatives, box_jitter, region, box_rule: see `sample_prompt`.
             Of several modes one is drawn for each example.
+        slots: prompt slots of every example, if more than these modes need: a model compiled for
+            as many then serves all modes.
         num_epochs: None never ends.
         drop_remainder: see above.
         start_step: number of batches to skip, without computing them.
@@ -122,7 +125,10 @@ def make_loader(
         DataError: (when iterated) an example that cannot be used.
     """
     modes = as_modes(prompt_modes)
-    slots = num_slots(modes, num_points, num_negatives)
+    needed = num_slots(modes, num_points, num_negatives)
+    slots = needed if slots is None else slots
+    if slots < needed:
+        raise ValueError(f"slots {slots}: {', '.join(modes)} need {needed}")
     prompt = partial(
         sample_prompt,
         mode=modes,
@@ -161,7 +167,8 @@ def make_loader(
     if shuffle:
         positions = positions.map_with_index(_Shuffled(len(dataset), seed))
     examples = positions.map(_ResizedExamples(dataset, frame_size, fit, cache))
-    examples = examples.random_map(_FinishExample(frame_size, augment or Augment(), prompt))
+    finish = _FinishExample(frame_size, augment or Augment(), prompt, slots)
+    examples = examples.random_map(finish)
 
     num_batches = None
     if num_epochs is not None:
@@ -277,6 +284,7 @@ class _FinishExample:
     frame_size: tuple[int, int]
     augment: Augmentation
     prompt: Callable[..., tuple[np.ndarray, np.ndarray]]  # of a mask, `rng=` besides
+    slots: int
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         image, mask = self.augment(example["image"], example["mask"], rng, self.frame_size)
@@ -287,6 +295,9 @@ class _FinishExample:
                 f"(h, w) that fit into the frame {self.frame_size}"
             )
         coords, labels = self.prompt(mask > 0, rng=rng)
+        blank = (0, self.slots - len(labels))
+        coords = np.pad(coords, (blank, (0, 0)))
+        labels = np.pad(labels, blank, constant_values=INVALID)
         return {
             "image": pad_to_frame(image, self.frame_size),
             "mask": pad_to_frame(mask, self.frame_size),

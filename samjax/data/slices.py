@@ -133,6 +133,14 @@ class Slices:
         """Name of each slice: the case's, the slice's number, the modality where there are more."""
         return tuple(self._name(place) for place in self.places)
 
+    def spacing_of(self, case: int) -> tuple[float, float, float]:
+        """Of a volume in mm: between its slices, then along rows and columns of a picture."""
+        volume = self.scans.volume(case)
+        axis = through_plane_axis(volume) if self.axis is None else self.axis
+        first, second = (volume.spacing[other] for other in range(3) if other != axis)
+        beside = (first, second) if self.rows == "first" else (second, first)
+        return (volume.spacing[axis], *beside)
+
     def check(self) -> None:
         """Looks whether every file is there; raises ``DataError`` with all that are missing."""
         self.scans.check()

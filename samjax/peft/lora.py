@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,9 @@ class LoraConfig:
     rank: int = 4
     alpha: float | None = None  # scale = alpha / rank; None: scale 1, as in SAMed
     dropout: float = 0.0  # probability of dropping an entry of the side path's input
+    drop_output: bool = False  # of its output instead, as SAM2LoRA
+    init: Literal["kaiming", "normal"] = "kaiming"  # of a; normal is N(0, 1) / √r, SAM2LoRA's
+    any_rank: bool = False  # also above a side of a matrix, as SAM2LoRA's 1024
     projections: tuple[str, ...] = ("q", "v")  # of q, k, v, o, mlp
     parts: tuple[str, ...] = ("image_encoder",)  # of image_encoder, mask_decoder
     # Of another model: (regular expression of a layer's path, block) in the place of the two above.
@@ -105,24 +109,27 @@ def find_targets(params: Params, config: LoraConfig) -> list[tuple[str, str]]:
 
 
 def init_factors(params: Params, config: LoraConfig, key: jax.Array) -> Params:
-    """Fresh float32 factors: ``a`` uniform in ±1/√in (Kaiming with a = √5), ``b`` zero.
+    """Fresh float32 factors: ``a`` uniform in ±1/√in (Kaiming with a = √5) or normal, ``b`` zero.
 
     The model therefore starts as the base model.  Raises ``ValueError`` naming the layer if the
-    rank exceeds a side of its matrix.
+    rank exceeds a side of its matrix, unless the config allows any.
     """
     flat, factors = flatten(params), {}
     for index, (layer, block) in enumerate(find_targets(params, config)):
         features_in, width = flat[f"{layer}/kernel"].shape
         start, stop = block_columns(block, width)
-        if config.rank > min(features_in, stop - start):
+        if config.rank > min(features_in, stop - start) and not config.any_rank:
             raise ValueError(
                 f"rank {config.rank} exceeds {layer} [{block}], which is "
                 f"{features_in} x {stop - start}"
             )
-        bound = features_in**-0.5
         own_key = jax.random.fold_in(key, index)
         shape = (features_in, config.rank)
-        a = jax.random.uniform(own_key, shape, minval=-bound, maxval=bound)
+        if config.init == "normal":
+            a = jax.random.normal(own_key, shape) * config.rank**-0.5
+        else:
+            bound = features_in**-0.5
+            a = jax.random.uniform(own_key, shape, minval=-bound, maxval=bound)
         factors[f"{layer}/{block}/a"] = a
         factors[f"{layer}/{block}/b"] = jnp.zeros((config.rank, stop - start))
     return unflatten(factors)

@@ -8,11 +8,15 @@ Low-rank factors (``samjax.peft.lora``) are no parameters of the model and come 
 * ``lora``: factors only, in the parts that its config names.
 * ``lora+decoder``: factors in the image encoder; prompt encoder and mask decoder outright, as SAMed
   (arXiv 2304.13785) does.
+* ``lora+heads``: factors in both; prompt encoder and mask decoder outright but for the two-way
+  transformer, as SAMed's small form (SAMed_s).
 * ``decoder``: the mask decoder.
+* ``prompting``: prompt encoder and mask decoder.
 * ``full``: everything.
 * ``galore``: everything, the matrices of encoder blocks and two-way transformer by GaLore.
 * ``galore+decoder``: the encoder's blocks, their matrices by GaLore, and prompt encoder and mask
   decoder; patch embedding, positions and neck stay, as in MedSAGa (Annie2603/MedSAGa).
+* ``blocks+decoder``: the same parameters, without GaLore; ``blocks``: the encoder's blocks alone.
 """
 
 from __future__ import annotations
@@ -42,20 +46,40 @@ _MATRICES = _BLOCK + "(attn/(qkv|proj)|mlp/lin[12])/kernel"
 _DECODER_MATRICES = "mask_decoder/transformer/.*(_proj|lin[12])/kernel"
 
 _STAYS = (f"{BUFFER}|{UNREACHED}", FREEZE)
-_PROMPTING = ("(prompt_encoder|mask_decoder)/.*", ADAMW)
+_PROMPTING = ("(prompt_encoder|mask_decoder2?)/.*", ADAMW)  # H-SAM has two decoders
 _REST = (".*", FREEZE)
 
-Method = Literal["lora", "lora+decoder", "decoder", "full", "galore", "galore+decoder"]
+Method = Literal[
+    "lora",
+    "lora+decoder",
+    "lora+heads",
+    "decoder",
+    "prompting",
+    "full",
+    "galore",
+    "galore+decoder",
+    "blocks",
+    "blocks+decoder",
+]
 RULES: dict[str, list[tuple[str, str]]] = {
     "lora": [_REST],
     "lora+decoder": [_STAYS, _PROMPTING, _REST],
+    "lora+heads": [_STAYS, ("mask_decoder/transformer/.*", FREEZE), _PROMPTING, _REST],
+    "prompting": [_STAYS, _PROMPTING, _REST],
     "decoder": [(UNREACHED, FREEZE), ("mask_decoder/.*", ADAMW), _REST],
     "full": [_STAYS, (".*", ADAMW)],
     "galore": [_STAYS, (f"{_MATRICES}|{_DECODER_MATRICES}", GALORE), (".*", ADAMW)],
     "galore+decoder": [_STAYS, (_MATRICES, GALORE), (_BLOCK + ".*", ADAMW), _PROMPTING, _REST],
+    "blocks+decoder": [_STAYS, (_BLOCK + ".*", ADAMW), _PROMPTING, _REST],
+    "blocks": [_STAYS, (_BLOCK + ".*", ADAMW), _REST],
 }
 EVERY_PROMPT = ("points", "negatives", "box")
-WITH_FACTORS = ("lora", "lora+decoder")
+# Methods with factors, and the parts that have them; empty: those that the user names.
+FACTORS_OF: dict[str, tuple[str, ...]] = {
+    "lora": (),
+    "lora+decoder": ("image_encoder",),
+    "lora+heads": ("image_encoder", "mask_decoder"),
+}
 
 
 def label_for(
