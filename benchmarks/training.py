@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import segmentation as seg
+from experiments.objectives import ARRAYS
 from samjax.models.functional import init_params
 from samjax.models.layers import Remat
 from samjax.models.weights import Config
@@ -80,7 +81,7 @@ class OurStep:
 
     def feed(self, batch: dict[str, np.ndarray]) -> None:
         """Another batch for the steps from now on."""
-        self._batch = {name: jnp.asarray(batch[name]) for name in seg.ARRAYS}
+        self._batch = {name: jnp.asarray(batch[name]) for name in ARRAYS}
 
     def __call__(self) -> float:
         self._state, metrics = self._step(self._state, self._frozen, self._batch, self._key)

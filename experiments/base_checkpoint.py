@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.segmentation import ARRAYS, valid_pixels
+from experiments.objectives import ARRAYS, valid_pixels
 from samjax.atomic import write_json
 from samjax.data import Augment, make_loader
 from samjax.data.phantom import LOOKS, make_phantom, target_mask

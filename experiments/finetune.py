@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import tyro
 
 from experiments import segmentation as seg
+from experiments.objectives import objective_for
 from experiments.options import REMAT, TrainingOptions, is_first_process
 from experiments.results import Result, print_scores, write_figures, write_metrics, write_models
 from experiments.training import (
@@ -222,13 +223,12 @@ def prepare(arguments: Arguments, num_classes: int) -> seg.Tuning:
             projections=arguments.projections,
             parts=arguments.parts,
         ),
-        num_classes=num_classes,
+        objective=objective_for(num_classes, arguments.dice_weight),
         fresh_head=fresh_head,
         prompts=arguments.prompt,
         seed=arguments.seed,
         dtype=jnp.dtype(arguments.dtype),
         remat=REMAT[arguments.remat],
-        dice_weight=arguments.dice_weight,
     )
 
 
@@ -257,7 +257,7 @@ def run(arguments: Arguments) -> Result:
     modes, points = arguments.prompt, arguments.num_points
     before, cases_before = score(tuning.trainable, test, modes, points)
     with RunLog(arguments.out, write=first) as log:
-        best, best_step = optimise(
+        trained = optimise(
             arguments,
             tuning,
             evaluator,
@@ -269,13 +269,14 @@ def run(arguments: Arguments) -> Result:
             augment=arguments.augment,
             prompts={"prompt_modes": modes, "num_points": points},
         )
+    best = trained.best
     after, cases_after = score(seg.placed_like(best, tuning), test, modes, points)
     seconds = time.perf_counter() - started
     host = dataclasses.replace(tuning, frozen=to_host(tuning.frozen))
     exported = None
     if first:
         exported = write_models(arguments.out, host, best, arguments.torch_export)
-    result = Result(before, after, best_step, seconds, exported, log.history)
+    result = Result(before, after, trained.best_step, seconds, exported, log.history)
     if first:
         write_metrics(arguments.out, arguments, result)
         write_figures(arguments.out, modes[0], result, cases_before, cases_after)

@@ -70,6 +70,8 @@ class TrainingOptions:
     """Peak learning rate of AdamW."""
     schedule: schedules.Name = "cosine"
     """After the warmup: cosine to zero, poly (SAMed's power 0.9), constant; or cosine restarts."""
+    schedule_epochs: int | None = None
+    """Epochs that the schedule is made for, if not those of the run."""
     period: int = 1000
     """Steps of one cycle of restarts."""
     warmup: int = 20

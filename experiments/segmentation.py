@@ -1,15 +1,14 @@
 """Fine-tuning SAM or SAM 2 for segmentation: what is trained, the loss of a batch, the evaluation.
 
-Shared by the experiments.  Binary masks use the single-mask token, so that the tuned model stays an
-ordinary SAM, prompts and all; k classes use SAMed's k + 1 mask tokens (arXiv 2304.13785), where
-channel c is class c and channel 0 the background.  SAM 2 is tuned on single images.
+Shared by the experiments; how masks are read and scored is said by ``experiments.objectives``.
+SAM 2 is tuned on single images.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -20,22 +19,21 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from experiments.objectives import Objective, SingleMask
 from samjax.metrics import ImageScore, score_image
 from samjax.models.functional import bind, init_params
 from samjax.models.layers import Remat
-from samjax.models.mask_decoder import MaskPrediction
-from samjax.models.ops import resize_bilinear, resize_bilinear_numpy
-from samjax.models.sam2 import ImageFeatures, single_mask
+from samjax.models.ops import resize_bilinear_numpy
+from samjax.models.sam2 import ImageFeatures
 from samjax.models.sam2_config import Sam2Config
 from samjax.models.weights import Config
 from samjax.peft.eight_bit import eight_bit
 from samjax.peft.galore import galore, scale_by_adam_of_transformers
 from samjax.peft.lora import Adapter, LoraConfig, init_factors, merge
 from samjax.peft.paths import FREEZE, in_order, join, label_by_path, split_by_label, table
-from samjax.peft.presets import EVERY_PROMPT, MASK_HEAD, RULES, WITH_FACTORS, by_label, label_for
+from samjax.peft.presets import EVERY_PROMPT, FACTORS_OF, MASK_HEAD, RULES, by_label, label_for
 from samjax.training.clipping import clip_each
 from samjax.training.loop import adamw
-from samjax.training.losses import segmentation_loss
 from samjax.training.sharding import BATCH, param_shardings, place, shardings_of
 from samjax.trees import Params, flatten, unflatten
 
@@ -43,7 +41,6 @@ METHODS = tuple(RULES)
 Clip = Literal["global", "each", "none"]
 Moments = Literal["float32", "8bit"]
 FACTORS = "factors"  # the label of low-rank factors
-ARRAYS = ("image", "mask", "size", "coords", "labels")  # of a batch, what the loss reads
 
 
 @dataclass(frozen=True)
@@ -54,17 +51,21 @@ class Tuning:
     each has; frozen: the other parameters.
     """
 
-    config: Config
+    config: Any  # of SAM, SAM 2 or another model that ``samjax.models.functional`` can bind
     method: str
     trainable: Params
     labels: Params
     frozen: Params
     lora: LoraConfig | None = None
-    num_classes: int = 1
+    objective: Objective = field(default_factory=SingleMask)
     dtype: DTypeLike = jnp.float32
     remat: Remat = False
-    dice_weight: float = 0.5
     mesh: Mesh | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes beside the background."""
+        return self.objective.num_classes
 
     def bind(self, trainable: Params, frozen: Params, key: jax.Array | None = None) -> Any:
         """The module of the given trees; ``key`` switches LoRA's dropout on."""
@@ -74,6 +75,7 @@ class Tuning:
                 "adapter": trainable["factors"],
                 "adapter_scale": self.lora.scale,
                 "adapter_dropout": self.lora.dropout,
+                "drop_output": self.lora.drop_output,
                 "dropout_key": key,
             }
         params = join(frozen, trainable["params"])
@@ -110,12 +112,13 @@ def with_classes(
 
 
 def prepare(
-    config: Config,
+    config: Any,
     params: Params,
     method: str,
     *,
-    lora: LoraConfig,
-    num_classes: int = 1,
+    lora: LoraConfig | None = None,
+    objective: Objective | None = None,
+    labels: Params | None = None,
     fresh_head: bool = False,
     prompts: Sequence[str] = EVERY_PROMPT,
     seed: int = 0,
@@ -123,19 +126,25 @@ def prepare(
 ) -> Tuning:
     """Splits ``params`` for a method of ``samjax.peft.presets``; see ``label_for`` there.
 
-    ``options`` go to ``Tuning``.
+    ``labels``, a tree like ``params``, says instead what is trained by which optimizer; factors
+    there are then wherever ``lora`` is given.  ``options`` go to ``Tuning``.
     """
-    labels = label_for(params, method, fresh_head=fresh_head, prompts=prompts)
+    with_factors = lora is not None
+    if labels is None:
+        labels = label_for(params, method, fresh_head=fresh_head, prompts=prompts)
+        with_factors = method in FACTORS_OF
+        if lora is not None and with_factors:
+            lora = dataclasses.replace(lora, parts=FACTORS_OF[method] or lora.parts)
     frozen, chosen = split_by_label(params, labels, FREEZE)
     _, chosen_labels = split_by_label(labels, labels, FREEZE)
     factors, own_lora = {}, None
-    if method in WITH_FACTORS:
-        parts = ("image_encoder",) if "decoder" in method else lora.parts
-        own_lora = dataclasses.replace(lora, parts=parts)
+    if with_factors:
+        own_lora = lora or LoraConfig()
         factors = init_factors(params, own_lora, jax.random.key(seed))
     trainable = {"params": chosen, "factors": factors}
     labels = {"params": chosen_labels, "factors": jax.tree.map(lambda _: FACTORS, factors)}
-    return Tuning(config, method, trainable, labels, frozen, own_lora, num_classes, **options)
+    objective = objective or SingleMask()
+    return Tuning(config, method, trainable, labels, frozen, own_lora, objective, **options)
 
 
 def on_mesh(tuning: Tuning, mesh: Mesh) -> Tuning:
@@ -184,50 +193,19 @@ def summary(tuning: Tuning, optimizer: optax.GradientTransformation) -> str:
     return table({**tuning.trainable, "frozen": tuning.frozen}, labels, partition.inner_states)
 
 
-def frame_logits(
-    config: Config, prediction: MaskPrediction, num_classes: int, *, train: bool
-) -> jax.Array:
-    """Logits in the model frame: ``(b, h, w)``, or ``(b, h, w, k + 1)`` for k > 1 classes.
-
-    Of a binary mask they are the single-mask token's, which is trained; when predicting with SAM 2,
-    those of the best other one where it is not stable, as in both of Meta's predictors.
-    """
-    logits = prediction.low_res_logits
-    if num_classes > 1:
-        return jnp.moveaxis(resize_bilinear(logits, config.image_size), 1, -1)
-    if train or not isinstance(config, Sam2Config):
-        return resize_bilinear(logits[:, 0], config.image_size)
-    return resize_bilinear(single_mask(prediction)[0], config.image_size)
-
-
-def valid_pixels(config: Config, sizes: jax.Array) -> jax.Array:
-    """Bool ``(b, h, w)``: inside the unpadded part of the frame."""
-    height, width = config.image_size
-    rows = jnp.arange(height)[None, :, None] < sizes[:, 0, None, None]
-    columns = jnp.arange(width)[None, None, :] < sizes[:, 1, None, None]
-    return rows & columns
-
-
 def batch_loss(
     tuning: Tuning, trainable: Params, frozen: Params, batch: dict, key: jax.Array
 ) -> jax.Array:
-    """Dice + CE of each example, ``(b,)``, on logits in the model frame.
+    """The objective's loss of each example, ``(b,)``.
 
     A batch may hold ``features``, ``encode_image``'s output, instead of images.
     """
-    module = tuning.bind(trainable, frozen, key)
-    features = batch["features"] if "features" in batch else encode(module, batch)
+    module, objective = tuning.bind(trainable, frozen, key), tuning.objective
+    features = batch["features"] if "features" in batch else objective.encode(module, batch)
     if isinstance(tuning.config, Sam2Config) and not isinstance(features, ImageFeatures):
         features = module.project(features)
-    prediction = module.answer(features, batch["coords"], batch["labels"])
-    logits = frame_logits(tuning.config, prediction, tuning.num_classes, train=True)
-    valid = valid_pixels(tuning.config, batch["size"])
-    return segmentation_loss(logits, batch["mask"], valid, dice_weight=tuning.dice_weight)
-
-
-def encode(module: Any, batch: dict) -> Any:
-    """The image encoder's output, with leading axis b in every array."""
-    return module.encode_image(batch["image"], batch["size"])
+    prediction = objective.answer(module, features, batch, key)
+    return objective.loss(tuning.config, prediction, batch)
 
 
 def encode_frozen(tuning: Tuning, frozen: Params, batch: dict) -> Any:
@@ -245,7 +223,7 @@ def encode_frozen(tuning: Tuning, frozen: Params, batch: dict) -> Any:
     module = tuning.bind(tuning.trainable, frozen)
     if isinstance(tuning.config, Sam2Config) and "mask_decoder" in tuning.trainable["params"]:
         return tuple(module.encode_levels(batch["image"]))  # the decoder projects, and is trained
-    return encode(module, batch)
+    return tuning.objective.encode(module, batch)
 
 
 class Evaluator:
@@ -257,49 +235,56 @@ class Evaluator:
         # Logits are whole everywhere: each process then scores every image.
         whole = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
         self._rows = None if mesh is None else NamedSharding(mesh, BATCH)
-        self._logits = jax.jit(partial(_predict_logits, tuning), **whole)
+        self._logits = jax.jit(partial(_predict, tuning), **whole)
 
-    def frame_scores(self, trainable: Params, batches: Iterable[dict]) -> list[ImageScore]:
-        """Dice and IoU in the model frame: quick, for validation while training."""
-        scores = []
+    def predictions(
+        self, trainable: Params, batches: Iterable[dict], losses: list[float] | None = None
+    ) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
+        """(index in the data set, logits ``(h, w[, k + 1])``, truth ``(h, w)``), in the frame
+        without its padding.
+
+        To ``losses`` the loss of each is added, if the objective measures it (``val_loss``).
+        """
         for batch in batches:
-            logits = np.asarray(self._predict(trainable, batch))
+            logits, loss = jax.tree.map(np.asarray, self._predict(trainable, batch))
+            if losses is not None and loss is not None:
+                losses += loss[batch["valid"]].tolist()
             for row in np.flatnonzero(batch["valid"]):
                 height, width = batch["size"][row]
-                labels = _to_labels(logits[row, :height, :width])
                 truth = batch["mask"][row, :height, :width]
-                scores.append(score_image(labels, truth, self._tuning.num_classes))
-        return scores
+                yield int(batch["index"][row]), logits[row, :height, :width], truth
 
-    def original_predictions(
-        self, trainable: Params, batches: Iterable[dict]
-    ) -> Iterable[tuple[int, np.ndarray]]:
-        """(index in the data set, uint8 label map at the image's original size)."""
-        for batch in batches:
-            logits = np.asarray(self._predict(trainable, batch))
-            for row in np.flatnonzero(batch["valid"]):
-                height, width = batch["size"][row]
-                yield (
-                    int(batch["index"][row]),
-                    labels_at(
-                        logits[row, :height, :width], tuple(batch["original_size"][row].tolist())
-                    ),
-                )
+    def frame_scores(
+        self, trainable: Params, batches: Iterable[dict], losses: list[float] | None = None
+    ) -> list[ImageScore]:
+        """Dice and IoU in the model frame: quick, for validation while training."""
+        objective = self._tuning.objective
+        return [
+            score_image(to_labels(objective.main(logits)), truth, objective.num_classes)
+            for _, logits, truth in self.predictions(trainable, batches, losses)
+        ]
 
-    def _predict(self, trainable: Params, batch: dict) -> jax.Array:
-        arrays = {name: batch[name] for name in ARRAYS if name != "mask"}
+    def _predict(self, trainable: Params, batch: dict) -> tuple[jax.Array, jax.Array | None]:
+        names = ("image", "size", "coords", "labels")
+        if self._tuning.objective.val_loss:
+            names = (*names, "mask")
+        arrays = {name: batch[name] for name in names}
         if self._rows is not None:
             arrays = place(arrays, dict.fromkeys(arrays, self._rows))
         return self._logits(trainable, self._tuning.frozen, arrays)
 
 
-def _predict_logits(tuning: Tuning, trainable: Params, frozen: Params, batch: dict) -> jax.Array:
-    module = tuning.bind(trainable, frozen)
-    prediction = module(batch["image"], batch["size"], batch["coords"], batch["labels"])
-    return frame_logits(tuning.config, prediction, tuning.num_classes, train=False)
+def _predict(
+    tuning: Tuning, trainable: Params, frozen: Params, batch: dict
+) -> tuple[jax.Array, jax.Array | None]:
+    module, objective = tuning.bind(trainable, frozen), tuning.objective
+    prediction = objective.answer(module, objective.encode(module, batch), batch, None)
+    loss = objective.loss(tuning.config, prediction, batch) if objective.val_loss else None
+    return objective.logits(tuning.config, prediction, train=False), loss
 
 
-def _to_labels(logits: np.ndarray) -> np.ndarray:
+def to_labels(logits: np.ndarray) -> np.ndarray:
+    """Logits ``(h, w[, k + 1])`` to labels uint8 ``(h, w)``."""
     if logits.ndim == 2:
         return (logits > 0).astype(np.uint8)
     return logits.argmax(-1).astype(np.uint8)
@@ -308,7 +293,7 @@ def _to_labels(logits: np.ndarray) -> np.ndarray:
 def labels_at(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Logits ``(h, w[, k + 1])`` of the unpadded frame to a label map of ``size`` (h, w)."""
     if logits.ndim == 2:
-        return _to_labels(resize_bilinear_numpy(logits, size))
+        return to_labels(resize_bilinear_numpy(logits, size))
     best = np.full(size, -np.inf, np.float32)
     labels = np.zeros(size, np.uint8)
     for channel in range(logits.shape[-1]):  # one class at a time: k full-size maps may not fit

@@ -6,11 +6,12 @@ Everything runs on a mesh, of one device or of many processes' devices.  The fir
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -45,6 +46,19 @@ class Preempted(Exception):
     """SIGTERM came; the run can be continued from the checkpoint that the message names."""
 
 
+MakeOptimizer = Callable[[seg.Tuning, optax.Schedule], optax.GradientTransformation]
+MakeLoader = Callable[..., Loader]  # with the arguments of ``samjax.data.make_loader``
+
+
+class Trained(NamedTuple):
+    """What a run leaves: on the host, what it keeps, the step that it is of, and the speed."""
+
+    best: Params
+    best_step: int
+    images_per_second: float | None  # by the median step; None of a run of a single step
+    state_bytes: int  # of the optimizer, on all devices
+
+
 def make_optimizer(
     options: TrainingOptions, tuning: seg.Tuning, rank: int, rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
@@ -67,18 +81,21 @@ def optimise(
     tuning: seg.Tuning,
     evaluator: seg.Evaluator,
     train: SegmentationDataset,
-    val: SegmentationDataset,
+    val: SegmentationDataset | None,
     log: RunLog,
     *,
     rank: int,
     base: str,
     augment: str,
     prompts: Mapping[str, Any],
-) -> tuple[Params, int]:
-    """Trains, and keeps (on disk as well) what validates best; returns it and its step.
+    optimizer_of: MakeOptimizer | None = None,
+    loader: MakeLoader = make_loader,
+) -> Trained:
+    """Trains, and keeps (on disk as well) what validates best; without ``val``, the last.
 
     ``tuning`` lies on its mesh, and its trainable arrays are used up.  ``base`` is the fingerprint
-    of the untuned model, ``prompts`` are ``make_loader``'s arguments.
+    of the untuned model, ``prompts`` are ``make_loader``'s arguments; ``optimizer_of`` makes
+    another optimizer than the settings' AdamW or GaLore, ``loader`` other batches.
 
     Raises ``TrainingError``, ``CheckpointError``, and ``Preempted`` after SIGTERM.
     """
@@ -89,11 +106,15 @@ def optimise(
     per_epoch = max(len(train) // batch_size, 1)
     steps = options.steps or options.epochs * per_epoch
     every = options.validate_every or max(per_epoch, -(-steps // 20))
-    rate = options.rate(steps)
-    optimizer = make_optimizer(options, tuning, rank, rate)
+    horizon = options.schedule_epochs
+    rate = options.rate(steps if horizon is None else horizon * per_epoch)
+    if optimizer_of is None:
+        optimizer = make_optimizer(options, tuning, rank, rate)
+    else:
+        optimizer = optimizer_of(tuning, rate)
     frame = {"frame_size": tuning.config.image_size, "fit": tuning.config.fit}
     settings = {**options.fixed(), "base": base, "num_images": len(train)}
-    arrays, place = seg.ARRAYS, partial(place_batch, mesh=mesh)
+    arrays, place = tuning.objective.arrays, partial(place_batch, mesh=mesh)
     if options.cache_embeddings != "no":
         if augment != "none":
             raise ValueError(
@@ -101,7 +122,7 @@ def optimise(
                 f"{augment}: an augmented image has another embedding"
             )
         cache = cached_features(options, tuning, train, settings)
-        arrays = (*(name for name in seg.ARRAYS if name != "image"), "index")
+        arrays = (*(name for name in arrays if name != "image"), "index")
 
         def place(batch: Any) -> Any:
             return place_batch({**batch, "features": cache[batch["index"]]}, mesh)
@@ -119,7 +140,9 @@ def optimise(
             options=options,
             tuning=tuning,
             evaluator=evaluator,
-            val_batches=make_loader(val, batch_size=batch_size, box_jitter=0.0, **frame, **prompts),
+            val_batches=None
+            if val is None
+            else loader(val, batch_size=batch_size, **frame, **{**prompts, "box_jitter": 0.0}),
             every=every,
             log=log,
             checkpoints=checkpoints,
@@ -127,7 +150,7 @@ def optimise(
         )
         state = watch.begin(state)
         index, count = process_rows(mesh)
-        batches = make_loader(
+        batches = loader(
             train,
             batch_size=batch_size,
             seed=options.seed,
@@ -149,8 +172,10 @@ def optimise(
             shardings_of(state),
             options.average or 0.0,
         )
+        times: list[float] = []
 
         def record(index: int, metrics: dict[str, float]) -> None:
+            times.append(time.perf_counter())
             log.add(index, {**metrics, "learning_rate": float(rate(index - 1))})
 
         try:
@@ -158,13 +183,13 @@ def optimise(
                 state,
                 tuning.frozen,
                 step,
-                batches,
+                _with_epoch(batches, int(state.step), per_epoch),
                 steps=steps,
                 key=replicate(jax.random.key(options.seed), mesh),
                 arrays=arrays,
                 place=place,
                 on_step=record,
-                validate_every=every,
+                validate_every=0 if val is None else every,
                 validate=watch.validate,
                 save=None if checkpoints is None else watch.save,
                 save_due=watch.save_due,
@@ -176,7 +201,18 @@ def optimise(
             raise TrainingError(f"{error}; {last_of(checkpoints)}") from error
         if watch.preempted:
             raise Preempted(f"SIGTERM at step {int(state.step)}; {last_of(checkpoints)}")
-    return watch.best, watch.best_step
+    if val is None:
+        watch.keep(int(state.step), state.tuned)
+    speed = batch_size / float(np.median(np.diff(times))) if len(times) > 1 else None
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
+    return Trained(watch.best, watch.best_step, speed, held)
+
+
+def _with_epoch(batches: Iterable[dict], step: int, per_epoch: int) -> Iterator[dict]:
+    """The batches from a step on, with the epoch of each for losses that change with it."""
+    for number, batch in enumerate(batches, step):
+        epoch = np.full(len(batch["valid"]), number // per_epoch, np.float32)
+        yield {**batch, "epoch": epoch}
 
 
 @dataclass(kw_only=True)
@@ -186,7 +222,7 @@ class Watch:
     options: TrainingOptions
     tuning: seg.Tuning
     evaluator: seg.Evaluator
-    val_batches: Loader
+    val_batches: Loader | None  # None: nothing is validated, the last is kept
     every: int  # steps between validations
     log: RunLog
     checkpoints: Checkpoints | None
@@ -225,17 +261,25 @@ class Watch:
 
     def validate(self, index: int, tuned: Params) -> str:
         """Dice and IoU of the validation set, for the progress bar."""
-        scores = self.evaluator.frame_scores(tuned, self.val_batches)
+        assert self.val_batches is not None
+        losses: list[float] = []
+        scores = self.evaluator.frame_scores(tuned, self.val_batches, losses)
         dice, iou = (mean_over_classes(summarise(v)) for v in zip(*scores, strict=True))
         if not np.isfinite(dice):
             raise TrainingError("no validation image holds any foreground: Dice is undefined")
-        self.log.add(index, {"val_dice": dice, "val_iou": iou})
+        loss = {"val_loss": float(np.mean(losses))} if losses else {}
+        self.log.add(index, {**loss, "val_dice": dice, "val_iou": iou})
         if dice > self.best_dice:
-            self.best_dice, self.best_step, self.best = dice, index, to_host(tuned)
-            if is_first_process():
-                path = self.options.out / "adapter.safetensors"
-                write_adapter(path, self.tuning.adapter(self.best), {"step": str(index)})
+            self.best_dice = dice
+            self.keep(index, tuned)
         return f"val Dice {dice:.4f} (best {self.best_dice:.4f})"
+
+    def keep(self, index: int, tuned: Params) -> None:
+        """What was tuned so far is the run's result, until there is a better one."""
+        self.best_step, self.best = index, to_host(tuned)
+        if is_first_process():
+            path = self.options.out / "adapter.safetensors"
+            write_adapter(path, self.tuning.adapter(self.best), {"step": str(index)})
 
     def save(self, state: TrainState) -> None:
         """A checkpoint."""
@@ -251,7 +295,7 @@ class Watch:
     def stop(self, index: int) -> bool:
         """After SIGTERM, or too many validations without a better one."""
         self.preempted = self.preemption.requested(index)
-        patience = self.options.patience
+        patience = None if self.val_batches is None else self.options.patience
         return self.preempted or bool(patience and index - self.best_step >= patience * self.every)
 
 
@@ -323,8 +367,9 @@ def evaluate(
             box_jitter=0.0,
         )
         scores[mode], shown[mode] = [], []
-        for index, labels in evaluator.original_predictions(trainable, batches):
+        for index, logits, _ in evaluator.predictions(trainable, batches):
             example = dataset[index]
+            labels = seg.labels_at(logits, example["mask"].shape)
             scores[mode].append(seg.score_image(labels, example["mask"], tuning.num_classes))
             if len(shown[mode]) < MOST_SHOWN:
                 shown[mode].append((example, labels))

@@ -6,6 +6,7 @@ import pytest
 
 import compiling
 import tiny_models
+from experiments import paper
 from samjax.data.phantom import write_phantom_folder
 from samjax.models.functional import init_params
 from samjax.models.sam import SamConfig
@@ -16,6 +17,7 @@ from samjax.models.weights import save_weights
 def compiled_quickly(quick_compilation, monkeypatch):
     """Compiling is most of the time here."""
     compiling.use_old_emitters(monkeypatch)
+    monkeypatch.setattr(paper, "compile_quickly", lambda: None)  # it would outlast the test
 
 
 @pytest.fixture(scope="session")

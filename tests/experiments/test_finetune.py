@@ -14,6 +14,7 @@ from PIL import Image
 import tiny_models
 from experiments import finetune
 from experiments import segmentation as seg
+from experiments.objectives import SingleMask
 from samjax import SAM2ImagePredictor, SamModel
 from samjax.data import FolderDataset, make_loader
 from samjax.data.layouts.volumes import write_msd
@@ -113,7 +114,7 @@ def test_sam2_is_scored_as_its_predictor_segments(sam2_checkpoint, phantom_folde
     @jax.jit
     def segment(batch):
         prediction = bind(model.config, model.params)(*(batch[name] for name in ARRAYS))
-        return seg.frame_logits(model.config, prediction, 1, train=False)
+        return SingleMask().logits(model.config, prediction, train=False)
 
     predictor = SAM2ImagePredictor(model)
     for batch in batches:

@@ -12,6 +12,7 @@ import pytest
 
 import tiny_models
 from experiments import segmentation as seg
+from experiments.objectives import objective_for, valid_pixels
 from samjax.models.functional import bind, init_params
 from samjax.peft.lora import LoraConfig
 from samjax.peft.presets import BUFFER
@@ -71,12 +72,18 @@ def test_only_what_the_method_names_changes(tiny_config, batch, method):
         assert all(path.startswith("mask_decoder/") for path in changed)
     elif method in ("full", "galore"):
         assert "image_encoder/pos_embed" in changed
-    else:  # those with the decoder: of the encoder, its blocks and nothing else
+    else:  # of the encoder, its blocks and nothing else; of the rest all or nothing
         encoder = {path for path in changed if path.startswith("image_encoder/")}
+        assert bool(encoder) == (method != "prompting")
         assert all("/blocks/" in path for path in encoder)
-        assert all("/attn/qkv/" in path for path in encoder) == (method == "lora+decoder")
-        assert any(path.startswith("mask_decoder/output_upscaling") for path in changed)
-        assert "prompt_encoder/no_mask_embed/embedding" in changed
+        only_qkv = all("/attn/qkv/" in path for path in encoder)
+        assert only_qkv == (method in ("lora+decoder", "lora+heads", "prompting"))
+        rest = method != "blocks"
+        assert any(path.startswith("mask_decoder/output_upscaling") for path in changed) == rest
+        assert ("prompt_encoder/no_mask_embed/embedding" in changed) == rest
+        dense = {path for path in changed if path.startswith("mask_decoder/transformer/")}
+        by_factors = all("attn" in path and path.endswith("_proj/kernel") for path in dense)
+        assert by_factors == (method in ("lora+heads", "blocks"))
 
 
 @pytest.mark.parametrize("family", ["sam", "sam2"])
@@ -124,7 +131,7 @@ def test_accumulated_micro_batches_equal_one_big_batch(tiny_config, batch, num_c
     config, params = tiny_config, init_params(tiny_config, 0)
     if num_classes > 1:
         config, params = seg.with_classes(config, params, num_classes, seed=1)
-    tuning = seg.prepare(config, params, "lora", lora=LORA, num_classes=num_classes,
+    tuning = seg.prepare(config, params, "lora", lora=LORA, objective=objective_for(num_classes),
                          fresh_head=num_classes > 1)  # fmt: skip
     optimizer = optax.sgd(0.1)
     big, _ = tune(tuning, batch, steps=3, optimizer=optimizer)
@@ -137,7 +144,7 @@ def test_padding_does_not_reach_the_loss(tiny_config, batch):
     tuning = prepared(tiny_config, "full")
     loss = jax.jit(partial(seg.batch_loss, tuning))
     noise = np.random.default_rng(1).integers(0, 2, batch["mask"].shape, dtype=np.uint8)
-    inside = np.asarray(seg.valid_pixels(tiny_config, jnp.asarray(batch["size"])))
+    inside = np.asarray(valid_pixels(tiny_config, jnp.asarray(batch["size"])))
     changed = {
         **batch,
         "mask": np.where(inside, batch["mask"], noise).astype(np.uint8),
@@ -166,14 +173,16 @@ def test_a_fresh_head_has_k_plus_one_tokens_and_is_trained(tiny_config):
         kept["image_encoder/blocks/0/attn/qkv/kernel"],
         old["image_encoder/blocks/0/attn/qkv/kernel"],
     )
-    tuning = seg.prepare(config, with_head, "lora", lora=LORA, num_classes=5, fresh_head=True)
+    tuning = seg.prepare(
+        config, with_head, "lora", lora=LORA, objective=objective_for(5), fresh_head=True
+    )
     assert all("mask_decoder/" in path for path in flatten(tuning.trainable["params"]))
     assert "mask_decoder/mask_tokens/embedding" in flatten(tuning.trainable["params"])
 
 
 def test_unknown_method_is_named(tiny_config):
     with pytest.raises(
-        ValueError, match=r"'adapter'; expected one of lora, lora\+decoder, decoder"
+        ValueError, match=r"'adapter'; expected one of lora, lora\+decoder, lora\+heads, prompting"
     ):
         prepared(tiny_config, "adapter")
 

@@ -25,6 +25,7 @@ import tiny_models  # noqa: E402
 from convert.families import family_of  # noqa: E402
 from convert.reference import build_reference_sam, randomise  # noqa: E402
 from experiments import segmentation as seg  # noqa: E402
+from experiments.objectives import objective_for  # noqa: E402
 from sam2_reference import as_torch, nchw, sam2_pair  # noqa: E402
 from samjax.models.ops import resize_bilinear  # noqa: E402
 from samjax.peft.lora import LoraConfig  # noqa: E402
@@ -232,9 +233,8 @@ def test_samed():
         params,
         "lora+decoder",
         lora=LoraConfig(rank=RANK),
-        num_classes=2,
+        objective=objective_for(2, 0.8),
         fresh_head=True,
-        dice_weight=0.8,
     )
     model.image_encoder.requires_grad_(False)
     names = [f"image_encoder.blocks.{i}.attn.qkv" for i in range(len(model.image_encoder.blocks))]

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from experiments import segmentation as seg
+from experiments.objectives import ARRAYS
 from experiments.options import Devices
 from samjax.data import make_loader
 from samjax.models.functional import init_params
@@ -85,7 +86,7 @@ def curve(method, mesh):
     held = {name: sorted(bytes_per_device(part).values()) for name, part in parts.items()}
     losses, key = [], replicate(jax.random.key(0), mesh)
     for batch, _ in zip(loader(mesh), range(STEPS), strict=False):
-        rows = place_batch({name: batch[name] for name in seg.ARRAYS}, mesh)
+        rows = place_batch({name: batch[name] for name in ARRAYS}, mesh)
         state, metrics = step(state, tuning.frozen, rows, key)
         losses.append(float(metrics["loss"]))
     return {"losses": losses, "bytes": held}
@@ -117,7 +118,7 @@ def run(folder, steps, save, mesh):
             watched(loader(mesh, int(state.step))),
             steps=steps,
             key=replicate(jax.random.key(0), mesh),
-            arrays=seg.ARRAYS,
+            arrays=ARRAYS,
             place=place,
             on_step=lambda step, metrics: losses.append(metrics["loss"]),
             save=lambda state: checkpoints.save(state, {"losses": losses, "seen": seen}),
