@@ -92,7 +92,7 @@ RELEASED = (
         settings=SAMED,
     ),
 )
-BASELINES = named(["samed", "full", "dae_former"])
+BASELINES = named(["samed", "samed_s", "full", "dae_former"])
 
 
 def trials(arguments: Arguments) -> list[Trial]:
@@ -148,6 +148,7 @@ def smoke(arguments: Arguments) -> dict[str, Any]:
         "sets": ("synapse", "brats2020"),
         "counts": (2, 4),
         "ranks": (8,),
+        "only": ("synapse_medsaga_r4", "synapse_samed"),
     }
 
 

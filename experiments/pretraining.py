@@ -20,9 +20,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from experiments.data_hashes import describe_data
 from experiments.figures import curve
 from experiments.options import TrainingOptions, is_first_process
-from experiments.record import Record, describe_data, write_record
+from experiments.record import Record, write_record
 from experiments.training import Preempted, last_of
 from experiments.trial import Trial
 from samjax.data import Slices
@@ -108,8 +109,10 @@ SOURCES = {
 def chosen(names: Iterable[str], option: str = "--unlabelled") -> dict[str, Source]:
     """The sources of these names; ``ValueError`` for another name, or none at all."""
     names = tuple(names)
-    if unknown := [name for name in names if name not in SOURCES] or not names:
-        raise ValueError(f"{option} {unknown}: expected some of {', '.join(SOURCES)}")
+    unknown = [name for name in names if name not in SOURCES]
+    if unknown or not names:
+        given = " ".join(unknown) or "without a name"
+        raise ValueError(f"{option} {given}: expected some of {', '.join(SOURCES)}")
     return {name: SOURCES[name] for name in names}
 
 

@@ -333,6 +333,7 @@ def _data(opened: Mapping[str, Opened], arguments: Arguments, *, trained: bool) 
             dataset=first_of(found.test, arguments.pictures),
             prompts=prompts,
             scores={"": score_as_sam2lora},
+            drawn="5 points",  # as in training
         )
         for title, found in opened.items()
     )
@@ -395,6 +396,7 @@ def smoke(arguments: Arguments) -> dict[str, Any]:
         "pictures": 2,
         "ranks": (4, 64),
         "ablations": ("vessel",),
+        "only": ("vessel_lora_r4", "vessel_zero_shot"),
     }
 
 

@@ -22,9 +22,8 @@ SAMed: the learning rate reaches zero with the last step.
 The released second stage cannot run: the encoder of its SAMora is never given the experts, labels
 of full size meet small logits, and decoders are called that return something else.  Decoders,
 losses and data are therefore SAMed's and H-SAM's, at 224 pixels, of which the splits of LA and
-PROMISE12 are H-SAM's too.  SAMed and H-SAM have the epochs, the size, the batch and the warmup of
-the method that builds on them.  The variant on SAM 2 is ours (``--ckpt2``): there is no code, and
-no description.
+PROMISE12 are H-SAM's too.  SAMed and H-SAM have the epochs, size, batch and warmup of the method on
+them.  The variant on SAM 2 is ours (``--ckpt2``): there is neither code nor description.
 """
 
 from __future__ import annotations
@@ -245,8 +244,7 @@ def _trials(arguments: Arguments) -> Iterator[Trial]:
     sources = pretraining.chosen(arguments.unlabelled)
     for option in ("sets", "few", "ablations"):
         if unknown := [name for name in getattr(arguments, option) if name not in SETS]:
-            known = ", ".join(SETS)
-            raise ValueError(f"--{option} {' '.join(unknown)}: expected some of {known}")
+            raise ValueError(f"--{option} {' '.join(unknown)}: expected some of {', '.join(SETS)}")
     data = paper.data_folder(arguments, lambda folder: _write(folder, arguments))
     on_sam2 = arguments.ckpt2 is not None or arguments.smoke
     if arguments.experts is None:
@@ -402,13 +400,15 @@ def _write(folder: Path, arguments: Arguments) -> None:
 
 def smoke(arguments: Arguments) -> dict[str, Any]:
     """What ``--smoke`` changes."""
-    given = arguments.given()
 
     def short(name: str) -> Any:
-        settings = {k: 2 for k in ("steps", "batch_size") if f"{name}.{k}" not in given}
-        return dataclasses.replace(getattr(arguments, name), **settings)
+        own = [k for k in ("steps", "batch_size") if f"{name}.{k}" not in arguments.given()]
+        return dataclasses.replace(getattr(arguments, name), **dict.fromkeys(own, 2))
 
-    return {**paper.SMOKE, "ranks": (8,), "stage1": short("stage1"), "cpt": short("cpt")}
+    first = [f"stage1_{name}" for name in (*TEACHERS, *EXPERTS)]
+    only = (*first, "synapse_samora", "synapse_samed")
+    stages = {"stage1": short("stage1"), "cpt": short("cpt")}
+    return {**paper.SMOKE, "ranks": (8,), "only": only, **stages}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -252,7 +252,7 @@ def _build(options: PaperOptions, how: str, rank: int, opened: Opened) -> seg.Tu
 
 def smoke(arguments: Arguments) -> dict[str, Any]:
     """What ``--smoke`` changes."""
-    return {**paper.SMOKE, "ranks": (4, 8)}
+    return {**paper.SMOKE, "ranks": (4, 8), "only": ("r4", "zero_shot")}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,10 +22,11 @@ from jax.sharding import Mesh
 
 from experiments import segmentation as seg
 from experiments.bars import class_bars
+from experiments.data_hashes import describe_data
 from experiments.figures import Case, curve, overlay_sheet
 from experiments.objectives import Objective
 from experiments.options import TrainingOptions, is_first_process
-from experiments.record import RESULT, Record, Scores, describe_data, read_records, write_record
+from experiments.record import RESULT, Record, Scores, read_records, write_record
 from experiments.results import MOST_SHOWN
 from experiments.scoring import Prediction, Score, score_pictures
 from experiments.training import MakeLoader, MakeOptimizer, base_fingerprint, optimise
@@ -51,6 +52,8 @@ class Test:
     """What the tables call a kind of prompt, and ``make_loader``'s arguments for it."""
     scores: Mapping[str, Score] = field(default_factory=lambda: {"": score_pictures})
     """Ways of scoring, by what is added to the name of the data set: "" for the main one."""
+    drawn: str | None = None
+    """The kind of prompt that the overlays show, by default the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +206,14 @@ def _score(
         for name, found in cases.items():
             title = f"{test.name} {name}".strip()
             scores.append(Scores(data_set=title, prompt=prompt, cases=found, class_names=names))
-        shown[f"{test.name}, prompt: {prompt}"] = [
+        shown[_title(test, prompt)] = [
             _shown(test.dataset, index, logits, objective) for index, logits in seen
         ]
     return scores, shown
+
+
+def _title(test: Test, prompt: str) -> str:
+    return f"{test.name}, prompt: {prompt}"
 
 
 def _tapped(
@@ -231,8 +238,9 @@ def _shown(
 def _draw(trial: Trial, record: Record, shown: Mapping[str, list[Case]]) -> None:
     if record.history:
         curve(trial.folder / "curve.png", record.history, title=trial.method)
-    title, cases = next(iter(shown.items()))
-    overlay_sheet(trial.folder / "overlays.png", cases, title=f"{trial.method}: {title}")
+    test = trial.tests[0]
+    title = _title(test, test.drawn or next(iter(test.prompts)))
+    overlay_sheet(trial.folder / "overlays.png", shown[title], title=f"{trial.method}: {title}")
     names = record.scores[0].class_names
     if len(names) > 1:
         bars = {

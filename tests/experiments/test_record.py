@@ -11,7 +11,9 @@ from PIL import Image
 
 import samjax
 from experiments import record as records
-from experiments.record import Record, Scores, data_hash, describe_data, read_records, write_record
+from experiments.data_hashes import data_hash, describe_data
+from experiments.fundus_pools import joined
+from experiments.record import Record, Scores, read_records, write_record
 from samjax.data import FolderDataset, Slices
 from samjax.data.datasets.base import Case, Pictures, Scans
 from samjax.data.subsets import Subset, few_shot
@@ -255,6 +257,10 @@ def test_pictures_and_their_subsets_are_described_by_their_files(tmp_path):
     some = describe_data("X", Subset(Subset(pictures, (2, 1, 0)), (1, 2)))  # b and a
     assert (some["count"], some["patients"]) == (2, 1)
     assert some["sha256"] == data_hash([f for pair in files[:2] for f in pair], tmp_path)
+    one = Subset(pictures, (0,))
+    both = [describe_data("X", joined({"p": pictures, "q": part})) for part in (one, pictures)]
+    assert [part["count"] for part in both] == [len(pictures) + 1, 2 * len(pictures)]
+    assert both[0]["sha256"] != both[1]["sha256"]
 
 
 def zeros(file):
