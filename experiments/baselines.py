@@ -217,7 +217,11 @@ METHODS = {
             },
             optimizer_of=momentum_of,
             augment="strong",
-            notes=("DAE-Former's imgaug list is approximated by the preset 'strong'",),
+            notes=(
+                "DAE-Former's imgaug list is approximated by the preset 'strong'",
+                "its frame is 224 pixels, gradients are not clipped, momentum is float32, "
+                "whatever the options",
+            ),
         ),
     )
 }
