@@ -54,7 +54,7 @@ TASKS = {
         "samora",
         "msd",
         f"{ON_MSD} --few msd --ablations --unlabelled msd --teachers small --ranks "
-        "--cpt.steps 300 --cpt.batch-size 64 --stage1.steps 600 --steps 400 --batch-size 16 "
+        "--cpt.steps 120 --cpt.batch-size 32 --stage1.steps 400 --steps 400 --batch-size 16 "
         "--only stage1_* msd_few_*",
     ),
     "slices": (

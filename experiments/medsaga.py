@@ -33,7 +33,7 @@ from typing import Any
 from experiments import paper
 from experiments.baselines import METHODS, SAMED, Method, named, of_sam, trial
 from experiments.paper import PaperOptions
-from experiments.sets import SETS
+from experiments.sets import SETS, check_names
 from experiments.trial import Trial
 from samjax.data import few_shot
 from samjax.data.opening import class_names_of
@@ -101,6 +101,7 @@ def trials(arguments: Arguments) -> list[Trial]:
 
 
 def _trials(arguments: Arguments) -> Iterator[Trial]:
+    check_names(arguments, "sets", "few_shot")
     data = paper.data_folder(arguments, lambda folder: _write(folder, arguments))
     opened = {name: SETS[name].open(data) for name in (*arguments.sets, *arguments.few_shot)}
 

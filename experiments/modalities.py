@@ -21,10 +21,10 @@ import numpy as np
 
 from experiments.objectives import Objective, valid_pixels
 from experiments.scoring import Prediction, Score
+from experiments.sets import labelled_msd
 from samjax.data import DataError, Loader, SegmentationDataset, Slices, Subset, make_loader, split
 from samjax.data.datasets import READERS
-from samjax.data.datasets.base import Scans, find_files
-from samjax.data.datasets.msd import TREE
+from samjax.data.datasets.base import Scans
 from samjax.data.layouts import volumes
 from samjax.data.pipeline import Batch
 from samjax.data.slices import Crop
@@ -135,10 +135,7 @@ def _brats_men(root: Path, seed: int) -> tuple[Scans, Scans]:
 
 def _msd(root: Path, seed: int) -> tuple[Scans, Scans]:
     """A fifth of the patients for validation; all labels are one class."""
-    find_files(root, "imagesTr/*.nii.gz", TREE)  # the reader asks for its table of names first
-    scans = READERS["msd"](root, "train")
-    assert isinstance(scans, Scans)
-    scans.check()
+    scans = labelled_msd(root)
     values = dict.fromkeys(range(1, scans.num_classes + 1), 1)
     scans = dataclasses.replace(scans, values=values, class_names=("foreground",))
     away = set(split(Slices(scans, take="foreground", progress=False), 0.2, seed)[1].patients)

@@ -71,13 +71,19 @@ class PaperOptions(TrainingOptions):
         """The options that the user has set: on the command line, or else to no default."""
         if self.chosen is not None:
             return set(self.chosen)
-        return {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        return {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)}
 
     def check(self) -> None:
         """Raises ``ValueError`` for settings that contradict each other."""
         super().check()
         if not self.smoke and (self.data is None or (self.ckpt is None and self.variant is None)):
             raise ValueError("give --data DIR and --ckpt FILE, or --smoke for phantoms")
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 Options = TypeVar("Options", bound=PaperOptions)
@@ -120,7 +126,7 @@ def tiny_sam(size: int = 64) -> SamConfig:
     """A SAM of 0.05 M parameters: quick to compile, good for nothing else."""
     vit = ViTConfig(
         image_size=(size, size), width=32, depth=2, heads=2, window=3, global_blocks=(1,),
-        out_channels=16,
+        out_channels=32,
     )  # fmt: skip
     return SamConfig(
         image_encoder=vit,
@@ -225,7 +231,9 @@ def main(
     try:
         argv = sys.argv[1:] if argv is None else argv
         options = tyro.cli(kind, args=argv, prog=f"python -m experiments.{name}")
-        names = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word[:2] == "--"]
+        words = [word[2:].partition("=")[0] for word in argv if word[:2] == "--"]
+        words += [word.removeprefix("no-") for word in words]  # --no-resume sets resume
+        names = [word.replace("-", "_") for word in words]
         options = dataclasses.replace(options, chosen=tuple(names))
         if options.smoke:
             compile_quickly()

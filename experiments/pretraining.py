@@ -24,11 +24,12 @@ from experiments.data_hashes import describe_data
 from experiments.figures import curve
 from experiments.options import TrainingOptions, is_first_process
 from experiments.record import Record, write_record
+from experiments.sets import labelled_msd
 from experiments.training import Preempted, last_of
 from experiments.trial import Trial
 from samjax.data import Slices
 from samjax.data import unlabelled as views
-from samjax.data.datasets import amos22, kits19, lits, msd
+from samjax.data.datasets import amos22, kits19, lits
 from samjax.data.layouts import volumes
 from samjax.training.checkpoint import CheckpointError, Checkpoints, Preemption, fingerprint
 from samjax.training.log import RunLog
@@ -100,7 +101,7 @@ SOURCES = {
     ),
     "msd": Source(
         folder="Task04_Hippocampus",
-        open=lambda root: {"msd": Slices(msd(root))},
+        open=lambda root: {"msd": Slices(labelled_msd(root))},
         write=volumes.write_msd,
     ),
 }

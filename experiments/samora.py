@@ -57,7 +57,7 @@ from experiments.baselines import (
 from experiments.objectives import LabelMap
 from experiments.paper import PaperOptions
 from experiments.samora_stage1 import EXPERT, EXPERTS, TEACHERS, StageOneOptions
-from experiments.sets import SETS
+from experiments.sets import SETS, check_names
 from experiments.trial import Trial
 from samjax.atomic import atomic_write
 from samjax.data import few_shot, pad_to_frame, resize
@@ -242,9 +242,7 @@ def trials(arguments: Arguments) -> list[Trial]:
 
 def _trials(arguments: Arguments) -> Iterator[Trial]:
     sources = pretraining.chosen(arguments.unlabelled)
-    for option in ("sets", "few", "ablations"):
-        if unknown := [name for name in getattr(arguments, option) if name not in SETS]:
-            raise ValueError(f"--{option} {' '.join(unknown)}: expected some of {', '.join(SETS)}")
+    check_names(arguments, "sets", "few", "ablations")
     data = paper.data_folder(arguments, lambda folder: _write(folder, arguments))
     on_sam2 = arguments.ckpt2 is not None or arguments.smoke
     if arguments.experts is None:

@@ -14,7 +14,7 @@ from typing import Any
 from experiments.scoring import Score, score_as_samed, score_pictures, score_volumes
 from experiments.trial import Test
 from samjax.data import SegmentationDataset, Slices, split
-from samjax.data.datasets import READERS
+from samjax.data.datasets import READERS, msd
 from samjax.data.datasets.base import Scans
 from samjax.data.datasets.promise12 import HSAM_TEST, HSAM_TRAIN
 from samjax.data.intensity import Window
@@ -70,9 +70,17 @@ def _chestxray8(root: Path) -> Sides:
     return train, test
 
 
+def labelled_msd(root: Path) -> Scans:
+    """The labelled scans of a task of the Decathlon; of the hippocampus, if no file tells."""
+    told = (root / "dataset.json").exists()
+    found = msd(root, class_names=None if told else ("anterior", "posterior"))
+    found.check()
+    return found
+
+
 def _msd(root: Path) -> Sides:
-    """All slices of a task of the Decathlon, a fifth of the patients for tests."""
-    return split(Slices(_scans("msd", "train", root)), 0.2, seed=0)
+    """All slices, a fifth of the patients for tests."""
+    return split(Slices(labelled_msd(root)), 0.2, seed=0)
 
 
 def _la2018(root: Path) -> Sides:
@@ -139,3 +147,11 @@ SETS = {
         scores=IN_VOLUMES,
     ),
 }
+
+
+def check_names(arguments: object, *options: str) -> None:
+    """Raises ``ValueError`` if one of these options names something that is none of ``SETS``."""
+    for option in options:
+        if unknown := [name for name in getattr(arguments, option) if name not in SETS]:
+            shown, known = option.replace("_", "-"), ", ".join(SETS)
+            raise ValueError(f"--{shown} {' '.join(unknown)}: expected some of {known}")

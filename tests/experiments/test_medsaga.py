@@ -115,6 +115,7 @@ def test_the_whole_way_and_the_report(tmp_path, capsys):
         ([], "give --data DIR and --ckpt FILE, or --smoke"),
         (["--data", "nowhere", "--variant", "vit_xs"], "nowhere: no such folder"),
         (["--smoke", "--only", "xyz"], "--only xyz: no such run; there are synapse_"),
+        (["--smoke", "--few-shot", "xyz"], "--few-shot xyz: expected some of synapse, brats2020"),
     ],
 )
 def test_bad_input_is_named(tmp_path, monkeypatch, capsys, argv, message):
