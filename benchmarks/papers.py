@@ -29,6 +29,7 @@ from samjax.atomic import write_json
 from samjax.metrics import summarise_cases
 
 ASSETS = Path(__file__).resolve().parents[1] / "experiments" / "assets"
+KEPT = ("dice", "hd95", "auc")  # of the metrics
 ON_FUNDUS = "--ablations --batch-size 4 --accumulate 1 --lr 1e-3 --steps 500"
 ON_MSD = "--sets msd --image-size 128"
 # By task: the paper's command, the option here that names its data, and its own options.
@@ -112,6 +113,7 @@ def about(found: Stored) -> dict[str, Any]:
         f"{scores.data_set}, {scores.prompt}": {
             metric: {"mean": round(s.mean, 4), "low": round(s.low, 4), "high": round(s.high, 4)}
             for metric, s in summarise_cases(scores.cases).items()
+            if metric in KEPT
         }
         for scores in record.scores
     }

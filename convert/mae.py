@@ -14,13 +14,12 @@ reads them, and a converted one without torch.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,10 +28,10 @@ import tyro
 from convert import bridge
 from convert.command import _print_facts, _samjax_metadata
 from convert.shapes import Shapes, count_layers, mlp_ratio, vote
+from convert.teacher_files import Loaded, load_converted, save
 from convert.torch_io import CheckpointError, read_checkpoint, write_torch
 from samjax.models.functional import abstract_params, init_params
 from samjax.models.mae import VARIANTS, MaeConfig, sincos_positions
-from samjax.models.weights import load_tensors, save_tensors
 from samjax.trees import Params, flatten
 
 NAMES: bridge.Names = [
@@ -51,18 +50,6 @@ LEAVES: bridge.Leaves = [
     ("*_embed", "*", "b t c -> b t c"),
 ]
 TOLERANCE = 1e-5  # of a fixed position: upstream's versions compute it in float32 or float64
-
-
-class Loaded(NamedTuple):
-    """A masked autoencoder and what is known of where it came from.
-
-    `metadata`: "variant"; "decoder", which is "converted", or "fresh" where the checkpoint had none
-    and it was initialised at random; of a file also its "sha256" and its name as "source".
-    """
-
-    config: MaeConfig
-    params: Params
-    metadata: dict[str, str]
 
 
 def infer_config(state_dict: Mapping[str, Any]) -> MaeConfig:
@@ -162,6 +149,9 @@ def to_torch(config: MaeConfig, params: Params) -> dict[str, np.ndarray]:
 def load(path: str | Path, config: MaeConfig | None = None, key: str | None = None) -> Loaded:
     """Read a masked autoencoder from upstream's checkpoint or from a converted file, by content.
 
+    The metadata: "variant"; "decoder", which is "converted", or "fresh" where the checkpoint had
+    none and it was initialised at random; of a file also its "sha256" and its name as "source".
+
     Args:
         path: `.pth` (any form that `read_checkpoint` takes) or `.safetensors` of either kind.
         config: see `convert`; a converted file has its own.
@@ -176,7 +166,7 @@ def load(path: str | Path, config: MaeConfig | None = None, key: str | None = No
     try:
         metadata = _samjax_metadata(path)
         if metadata:
-            return _load_converted(path, metadata)
+            return load_converted(path, metadata, MaeConfig)
         state_dict, info = read_checkpoint(path, key)
         loaded = convert(state_dict, config)
     except bridge.BridgeError as error:
@@ -189,28 +179,6 @@ def load(path: str | Path, config: MaeConfig | None = None, key: str | None = No
         raise CheckpointError(f"{path}: {error}") from error
     origin = {"sha256": info.sha256, "source": path.name}
     return loaded._replace(metadata={**loaded.metadata, **origin})
-
-
-def save(
-    path: str | Path, config: MaeConfig, params: Params, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a file that `load` reads: tensors keyed by path, the config beside them. Atomic."""
-    own = {"family": config.family, "config": json.dumps(config.to_dict())}
-    save_tensors(path, params, {**(metadata or {}), **own})
-
-
-def _load_converted(path: Path, metadata: Mapping[str, str]) -> Loaded:
-    if metadata.get("family") != MaeConfig.family:
-        raise CheckpointError(f"a model of family {metadata.get('family')!r}; expected 'mae'")
-    try:
-        config = MaeConfig.from_dict(json.loads(metadata["config"]))
-    except (TypeError, AttributeError) as error:
-        raise CheckpointError(f"the config in its metadata cannot be used ({error})") from error
-    tensors = {name.replace("/", "."): array for name, array in load_tensors(path)[0].items()}
-    same = [("{p}", "{p}")], [("*", "*", "...")]
-    params = bridge.from_torch(tensors, abstract_params(config), *same)
-    own = ("family", "config")
-    return Loaded(config, params, {k: v for k, v in metadata.items() if k not in own})
 
 
 def _positions(config: MaeConfig) -> dict[str, np.ndarray]:

@@ -14,14 +14,13 @@ TensorFlow is not needed (`convert.tf_bundle`). A teacher takes no prompts, so t
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import numpy as np
@@ -29,12 +28,12 @@ import tyro
 
 from convert import bridge
 from convert.command import _print_facts, _samjax_metadata
+from convert.teacher_files import Loaded, load_converted, save
 from convert.tf_bundle import Bundle
 from convert.torch_io import CheckpointError
 from samjax.models.functional import abstract_params
 from samjax.models.sk_resnet import SkResNetConfig
-from samjax.models.weights import load_tensors, save_tensors
-from samjax.trees import Params, flatten, unflatten
+from samjax.trees import flatten, unflatten
 
 LEAVES: bridge.Leaves = [
     ("kernel", "kernel", "..."),
@@ -46,18 +45,6 @@ LEAVES: bridge.Leaves = [
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # of each depth
 AVERAGE = "ema_model/"  # before the names of a second network: the average over training
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"  # what only TensorFlow 2 writes
-
-
-class Loaded(NamedTuple):
-    """A network and what is known of where it came from.
-
-    `metadata`: "variant" such as "r50_2x_sk1"; of a checkpoint also its name as "source", "weights"
-    ("last" or "averaged") and the "sha256" of its `.index`, which has the checksum of each tensor.
-    """
-
-    config: SkResNetConfig
-    params: Params
-    metadata: dict[str, str]
 
 
 def unused(name: str, average: bool = False) -> str | None:
@@ -169,6 +156,10 @@ def _in_order(config: SkResNetConfig) -> Iterator[str]:
 def load(path: str | Path, config: SkResNetConfig | None = None, average: bool = False) -> Loaded:
     """Read a network from upstream's checkpoint or from a converted file.
 
+    The metadata: "variant" such as "r50_2x_sk1"; of a checkpoint also its name as "source",
+    "weights" ("last" or "averaged") and the "sha256" of its `.index`, which has each tensor's
+    checksum.
+
     Args:
         path: what the checkpoint's files begin with (`model.ckpt-250228`, of which there are
             `.index` and `.data-…`), or its `.index`; or a converted `.safetensors`.
@@ -182,7 +173,7 @@ def load(path: str | Path, config: SkResNetConfig | None = None, average: bool =
     try:
         metadata = _samjax_metadata(path)
         if metadata:
-            return _load_converted(path, metadata)
+            return load_converted(path, metadata, SkResNetConfig)
         variables = read_variables(path, average)
         loaded = convert(variables, config, average)
     except bridge.BridgeError as error:
@@ -227,31 +218,6 @@ def read_variables(path: str | Path, average: bool = False) -> dict[str, np.ndar
 
 def _index(path: Path) -> Path:
     return path if path.suffix == ".index" else path.with_name(f"{path.name}.index")
-
-
-def save(
-    path: str | Path,
-    config: SkResNetConfig,
-    params: Params,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a file that `load` reads: tensors keyed by path, the config beside them. Atomic."""
-    own = {"family": config.family, "config": json.dumps(config.to_dict())}
-    save_tensors(path, params, {**(metadata or {}), **own})
-
-
-def _load_converted(path: Path, metadata: Mapping[str, str]) -> Loaded:
-    if metadata.get("family") != SkResNetConfig.family:
-        raise CheckpointError(f"a model of family {metadata.get('family')!r}; expected 'simclr'")
-    try:
-        config = SkResNetConfig.from_dict(json.loads(metadata["config"]))
-    except (TypeError, AttributeError) as error:
-        raise CheckpointError(f"the config in its metadata cannot be used ({error})") from error
-    tensors = {name.replace("/", "."): array for name, array in load_tensors(path)[0].items()}
-    same = [("{p}", "{p}")], [("*", "*", "...")]
-    params = bridge.from_torch(tensors, abstract_params(config), *same)
-    own = ("family", "config")
-    return Loaded(config, params, {k: v for k, v in metadata.items() if k not in own})
 
 
 @dataclass(frozen=True)
