@@ -37,12 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from matplotlib.figure import Figure
-
-from experiments import paper, pretraining, samora_stage1
+from experiments import heat_maps, paper, pretraining, samora_stage1
 from experiments import segmentation as seg
 from experiments.baselines import (
     METHODS,
@@ -59,13 +54,10 @@ from experiments.paper import PaperOptions
 from experiments.samora_stage1 import EXPERT, EXPERTS, TEACHERS, StageOneOptions
 from experiments.sets import SETS, check_names
 from experiments.trial import Trial
-from samjax.atomic import atomic_write
-from samjax.data import few_shot, pad_to_frame, resize
+from samjax.data import few_shot
 from samjax.data.opening import class_names_of
-from samjax.frame import size_in_frame
 from samjax.models import hl_attention as hl
 from samjax.models.hsam import HSamConfig
-from samjax.models.ops import merge_windows, normalise_pixels, partition_windows
 from samjax.peft.paths import FREEZE, in_order, label_by_path
 from samjax.peft.presets import ADAMW, MASK_HEAD, STILL, UNREACHED
 from samjax.trees import Params, flatten
@@ -74,12 +66,15 @@ On = Literal["sam", "hsam", "sam2"]
 TABLES = {"la2018": "LA 4 scans", "promise12": "PROMISE12 3 scans"}  # beside the sets' own titles
 OWN = {**SAMED, "warmup": 25, "subtract_warmup": True}
 OF_HSAM: dict[str, Any] = {"lr": 2.5e-3, "epochs": 30}
-DRAWN = 3  # slices with heat maps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(StageOneOptions):
-    """SAMora, its two stages, and what it is compared with."""
+    """SAMora, its two stages, and what it is compared with.
+
+    The first stage knows no micro-batches, averages, moments of 8 bits or clipping, whatever the
+    second one has.
+    """
 
     sets: tuple[str, ...] = ("synapse", "la2018", "promise12")
     """Labelled data sets: synapse, la2018, promise12, msd (a task of the Decathlon)."""
@@ -272,7 +267,7 @@ def _trials(arguments: Arguments) -> Iterator[Trial]:
                     run=f"{name}_{prefix}{method.run}",
                     train=part,
                     tests=(test,),
-                    draw=draw_heat_maps if method.run == "samora" else None,
+                    draw=heat_maps.draw if method.run == "samora" else None,
                 )
 
 
@@ -324,68 +319,6 @@ def _stage_one(
 
 def _no_tuning() -> seg.Tuning:
     raise ValueError("the first stage tunes nothing")
-
-
-def contributions(tuning: seg.Tuning, trainable: Params, frozen: Params, batch: dict) -> jax.Array:
-    """What each expert adds to each token, (experts, b, gh, gw): |d_e| / |base|, mean over blocks.
-
-    Experts from fine to coarse; of SAM's encoder.
-    """
-    encoder = tuning.bind(trainable, frozen).image_encoder
-    x = encoder.embed_patches(normalise_pixels(tuning.config, batch["image"], batch["size"]))
-    total = jnp.zeros(())
-    for block in encoder.blocks:
-        tokens, grid = block.norm1(x), (x.shape[1], x.shape[2])
-        padded = grid
-        if block.window:
-            tokens, padded = partition_windows(tokens, block.window)
-        qkv = block.attn.qkv(tokens)
-        base = block.attn.mix(qkv)
-        length = jnp.linalg.norm(base, axis=-1)
-        shares = [
-            jnp.linalg.norm(block.attn.mix(qkv + block.experts[name](tokens)) - base, axis=-1)
-            / length
-            for name in block.order
-        ]
-        found = jnp.stack(shares, axis=-1)
-        if block.window:
-            found = merge_windows(found, padded, grid)
-        total = total + found / len(encoder.blocks)
-        x = block(x)
-    return jnp.moveaxis(total, -1, 0)
-
-
-def draw_heat_maps(trial: Trial, tuning: seg.Tuning, trainable: Params) -> None:
-    """``heatmaps.png``: what each expert adds, on the first test slices with the most labels."""
-    dataset, config = trial.tests[0].dataset, tuning.config
-    places = np.unique(np.linspace(0, len(dataset) - 1, 24).round().astype(int))
-    examples = [dataset[int(place)] for place in places]
-    examples.sort(key=lambda example: -np.count_nonzero(example["mask"]) / example["mask"].size)
-    pictures, sizes = [], []
-    for example in examples[:DRAWN]:
-        size = size_in_frame(example["mask"].shape, config.image_size, config.fit)
-        pictures.append(pad_to_frame(resize(example["image"], size), config.image_size))
-        sizes.append(size)
-    batch = {"image": jnp.asarray(np.stack(pictures)), "size": jnp.asarray(sizes, jnp.int32)}
-    heat = np.asarray(jax.jit(partial(contributions, tuning))(trainable, tuning.frozen, batch))
-    names = config.image_encoder.fusion_order
-    cell = config.image_size[0] // heat.shape[2]
-    figure = Figure(figsize=(2.6 * (1 + len(names)), 2.7 * len(sizes)), layout="constrained")
-    axes = figure.subplots(len(sizes), 1 + len(names), squeeze=False)
-    for row, (height, width) in enumerate(sizes):
-        picture = pictures[row][:height, :width]
-        for column, axis in enumerate(axes[row]):
-            axis.imshow(picture)
-            axis.set_axis_off()
-            if not column:
-                axis.set_title(examples[row]["name"][-24:], fontsize=8, parse_math=False)
-                continue
-            shown = np.kron(heat[column - 1, row], np.ones((cell, cell)))[:height, :width]
-            drawn = axis.imshow(shown, cmap="inferno", alpha=0.6, vmin=0)
-            axis.set_title(f"{names[column - 1]} expert: |d| / |base|", fontsize=8)
-            figure.colorbar(drawn, ax=axis, shrink=0.8)
-    with atomic_write(trial.folder / "heatmaps.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
 
 
 def _write(folder: Path, arguments: Arguments) -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import compiling
-from experiments import paper, samora, samora_stage1
+from experiments import heat_maps, paper, samora, samora_stage1
 from experiments import segmentation as seg
 from experiments.baselines import UNIT_PIXELS
 from experiments.record import read_records
@@ -324,7 +324,7 @@ def test_heat_maps_are_what_an_expert_adds_to_a_blocks_attention(tmp_path, rng):
     frozen = flatten(tuning.frozen)
     first = frozen["image_encoder/blocks/0/experts/patch/v/b"]
     frozen["image_encoder/blocks/0/experts/patch/v/b"] = first + 0.1
-    heat = jax.jit(lambda frozen: samora.contributions(tuning, tuning.trainable, frozen, batch))
+    heat = jax.jit(lambda frozen: heat_maps.contributions(tuning, tuning.trainable, frozen, batch))
     found = np.asarray(heat(unflatten(frozen)))
     assert found.shape == (3, 2, 4, 4)
     pixel, patch, image = found
@@ -338,13 +338,13 @@ def test_heat_maps_are_what_an_expert_adds_to_a_blocks_attention(tmp_path, rng):
 @pytest.mark.slow
 def test_both_stages_through_and_the_report(after_first, tmp_path, monkeypatch, capsys):
     """Whatever is frozen is afterwards what it was, bit for bit; whatever is trained is not."""
-    seen, draw = [], samora.draw_heat_maps
+    seen, draw = [], heat_maps.draw
 
     def drawn(trial, tuning, trainable):
         draw(trial, tuning, trainable)
         seen.append((trial, tuning, trainable))
 
-    monkeypatch.setattr(samora, "draw_heat_maps", drawn)
+    monkeypatch.setattr(heat_maps, "draw", drawn)
     out = str(after_first)
     assert samora.main([*COMMAND, "--out", out, "--only", "synapse_samora"]) == 0
     folder = after_first / "synapse_samora"
