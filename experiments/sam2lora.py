@@ -109,6 +109,8 @@ class Arguments(PaperOptions):
     """The prompt with a negative point without it, as by the released defaults."""
     no_mem_embed: Literal["add", "skip"] = "add"
     """SAM 2's embedding of no memory; the released code skips it."""
+    mask_token: Literal[0, 1, 2, 3] = TOKEN
+    """Whose mask is trained and tested; 0 for a base that has learned single masks only."""
     shares: bool = False
     """Print what share of SAM 2.1 large is trained at each rank, and stop."""
 
@@ -148,12 +150,13 @@ class Arguments(PaperOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class OneOfThree(Objective):
-    """One mask by token 1, with the sum of some of SAM2LoRA's losses.
+    """One mask by one token, with the sum of some of SAM2LoRA's losses.
 
     terms: of ``TERMS``, at least one that is not "iou"; another is a ``ValueError``.
     """
 
     terms: tuple[str, ...] = TERMS
+    token: int = TOKEN
 
     def __post_init__(self) -> None:
         if unknown := [term for term in self.terms if term not in TERMS]:
@@ -162,7 +165,7 @@ class OneOfThree(Objective):
     def logits(self, config: Config, prediction: MaskPrediction, *, train: bool) -> jax.Array:
         """``(b, h, w)``."""
         del train  # tested is what was trained
-        return resize_bilinear(prediction.low_res_logits[:, TOKEN], config.image_size)
+        return resize_bilinear(prediction.low_res_logits[:, self.token], config.image_size)
 
     def loss(self, config: Config, prediction: MaskPrediction, batch: dict) -> jax.Array:
         """Cross-entropy + soft Dice + focal Tversky + 0.1 |predicted IoU - IoU|, ``(b,)``."""
@@ -171,7 +174,7 @@ class OneOfThree(Objective):
         total = weighted_sum({name: (1, LOSSES[name]) for name in self.terms if name in LOSSES})
         loss = total(logits, mask, valid)
         if "iou" in self.terms:
-            predicted = prediction.iou[:, TOKEN]
+            predicted = prediction.iou[:, self.token]
             loss += IOU_WEIGHT * iou_regression(predicted, logits, mask, valid)
         return loss
 
@@ -207,7 +210,8 @@ def prepared(options: PaperOptions, method: str, terms: tuple[str, ...], **how: 
     """
     assert isinstance(options, Arguments)
     config, params = base_model(options, "sam2", options.image_size or 1024)
-    still = UNREACHED
+    others = "0123".replace(str(options.mask_token), "")
+    still = UNREACHED.replace("mlps/[023]", f"mlps/[{others}]")
     if options.no_mem_embed == "skip":
         if not isinstance(config, Sam2Config):
             base = options.ckpt or options.variant
@@ -219,7 +223,7 @@ def prepared(options: PaperOptions, method: str, terms: tuple[str, ...], **how: 
         params,
         method,
         labels=None if "lora" in how else labels_of(params, method, still),
-        objective=OneOfThree(terms=terms),
+        objective=OneOfThree(terms=terms, token=options.mask_token),
         seed=options.seed,
         **baselines.compute(options),
         **how,

@@ -9,10 +9,13 @@ import pytest
 from scipy import ndimage
 
 import tiny_models
+from experiments import sam2lora
 from experiments.baselines import TwoLevels
 from experiments.objectives import LabelMap, nearest, objective_for, valid_pixels
 from samjax.models.hsam import HSamPrediction
 from samjax.models.mask_decoder import MaskPrediction
+from samjax.models.ops import resize_bilinear
+from samjax.trees import flatten
 
 CONFIG = tiny_models.SAM  # a frame of 48 x 80
 
@@ -95,3 +98,19 @@ def test_two_levels_weigh_the_second_decoder_more_with_the_epochs():
 def test_one_class_is_a_single_mask_and_more_a_label_map():
     assert type(objective_for(1)).__name__ == "SingleMask"
     assert objective_for(4, 0.8) == LabelMap(num_classes=4, dice_weight=0.8)
+
+
+@pytest.mark.parametrize("token", [0, 1])
+def test_sam2lora_reads_and_trains_the_token_it_is_told(token, tmp_path):
+    """The others' hypernetworks stay; those of its own mask are tuned in full tuning."""
+    arguments = sam2lora.Arguments(smoke=True, image_size=64, mask_token=token, out=tmp_path)
+    tuning = sam2lora.prepared(arguments, "full", sam2lora.TERMS)
+    labels = flatten(tuning.labels["params"])
+    tuned = {p.split("/")[2] for p, label in labels.items() if "hypernetworks_mlps" in p
+             and label == "adamw"}  # fmt: skip
+    assert tuned == {str(token)}
+    rng = np.random.default_rng(0)
+    low = jnp.asarray(rng.normal(size=(2, 4, 12, 20)), jnp.float32)
+    prediction = MaskPrediction(low, jnp.zeros((2, 4)))
+    found = tuning.objective.logits(CONFIG, prediction, train=False)
+    np.testing.assert_array_equal(found, resize_bilinear(low[:, token], CONFIG.image_size))
