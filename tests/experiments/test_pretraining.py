@@ -192,9 +192,9 @@ def expected_loss(name, project, teacher: Teacher, batch, key):
 
 
 HEADS = {
-    "image": ProjectorConfig(features_in=16, hidden=32, features_out=32, pool=True),
+    "image": ProjectorConfig(features_in=32, hidden=32, features_out=32, pool=True),
     "patch": ProjectorConfig(features_in=32, hidden=32, features_out=64),
-    "pixel": DenoiserConfig(features=16, widths=(16, 8, 8, 8, 8)),
+    "pixel": DenoiserConfig(features=32, widths=(16, 8, 8, 8, 8)),
 }
 
 
@@ -266,7 +266,7 @@ def test_the_second_stage_sees_the_expert_that_was_trained(tmp_path, rng, base):
         return first, encoder.neck(encoder.trunk(normalise_pixels(own, images, None)))[2]
 
     first, second = both(trainable, tree)
-    assert first.shape == (2, 4, 4, 16)
+    assert first.shape == (2, 4, 4, config.image_encoder.out_channels)
     assert np.abs(first - second).max() < 1e-5 * np.std(second)
     off, _ = both({**trainable, "gain": jnp.zeros(blocks)}, tree)
     assert np.abs(off - second).max() > 0.01 * np.std(second)
