@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from samjax.models.functional import abstract_params, init_params
@@ -100,9 +101,8 @@ def noisy_params(config) -> dict:
     rng = np.random.default_rng(1)
     flat = flatten(init_params(config, seed=3))
     noise = {k: 0.1 * rng.normal(size=v.shape).astype("f") for k, v in flat.items()}
-    return unflatten(
-        {k: np.asarray(v) + noise[k] for k, v in flat.items()}
-    )  # by NumPy: no compiling
+    # Added by NumPy: nothing is compiled.
+    return unflatten({k: jnp.asarray(np.asarray(v) + noise[k]) for k, v in flat.items()})
 
 
 def moving_disc(frames: int, size: tuple[int, int]) -> np.ndarray:
