@@ -50,7 +50,7 @@ TASKS = {
         "medsaga",
         "msd",
         f"{ON_MSD} --few-shot msd --counts 10 50 400 --steps 400 --schedule-epochs None "
-        "--only msd_n* msd_medsaga_r4 msd_samed msd_full msd_released_*",
+        "--lr 1e-3 --warmup 50 --only msd_n* msd_medsaga_r4 msd_samed msd_full msd_released_*",
     ),
     "two_stages": (
         "samora",
@@ -63,7 +63,7 @@ TASKS = {
         "samseg",
         "msd",
         "--set msd --image-size 128 --ranks 4 16 --batch-size 4 --steps 400 --lr 1e-3 "
-        "--validate-every 100 --only r* zero_shot decoder full",
+        "--validate-every 100 --only r4 r16 r4_random r4_volume zero_shot decoder full",
     ),
 }
 

@@ -244,8 +244,8 @@ def test_block(name, rng, record_property):
     }
     worst = max(errors, key=lambda path: errors[path])
     fusion = max(error for path, error in errors.items() if "/fusion/" in path)
-    record_property("output", output)
-    record_property("gradients of the fusion", fusion)
+    record_property("output", float(output))
+    record_property("gradients of the fusion", float(fusion))
     record_property("worst gradient", f"{worst}: {errors[worst]:.1e}")
     print(f"\n{name}: output {output:.1e}, fusion {fusion:.1e}, {worst} {errors[worst]:.1e}")
     assert output <= TOLERANCE

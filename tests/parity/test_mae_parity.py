@@ -220,7 +220,7 @@ def test_tokens_prediction_loss_and_gradient(pair, record_property):
     theirs = tokens, prediction, model.patchify(pixels)
     for name, found, expected in zip(("tokens", "prediction", "target"), outputs, theirs):  # noqa: B905
         difference = relative(found, expected)
-        record_property(name, difference)
+        record_property(name, float(difference))
         print(f"\n{name}: {difference:.1e} of the standard deviation", end="")
         assert difference <= TOLERANCE
     for found, expected in zip(our_losses, losses, strict=True):
@@ -451,7 +451,7 @@ def test_denoiser_and_its_loss(norm, record_property):
     (found, image), gradient = ours(jnp.asarray(features))
     difference = relative(image, out.movedim(1, -1))
     slope = relative(gradient, given.grad.movedim(1, -1))
-    record_property("image", difference)
+    record_property("image", float(difference))
     print(f"\n{norm}: image {difference:.1e}, gradient {slope:.1e} of the standard deviation")
     assert difference <= TOLERANCE
     assert slope <= TOLERANCE
