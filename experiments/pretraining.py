@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,16 +22,16 @@ from jax.sharding import Mesh
 
 from experiments.data_hashes import describe_data
 from experiments.figures import curve
-from experiments.options import TrainingOptions, is_first_process
+from experiments.options import is_first_process
 from experiments.record import Record, write_record
 from experiments.sets import labelled_msd
-from experiments.training import Preempted, last_of
+from experiments.training import Preempted, begin, last_of
 from experiments.trial import Trial
 from samjax.data import Slices
 from samjax.data import unlabelled as views
 from samjax.data.datasets import amos22, kits19, lits
 from samjax.data.layouts import volumes
-from samjax.training.checkpoint import CheckpointError, Checkpoints, Preemption, fingerprint
+from samjax.training.checkpoint import Checkpoints, Preemption, fingerprint
 from samjax.training.log import RunLog
 from samjax.training.loop import Step, TrainingError, TrainState, fit
 from samjax.training.sharding import (
@@ -46,7 +46,7 @@ from samjax.training.sharding import (
     shardings_of,
     to_host,
 )
-from samjax.trees import Params
+from samjax.trees import Params, count_bytes, count_values
 
 
 class Task(NamedTuple):
@@ -167,9 +167,15 @@ def run(
     if jax.tree.leaves(frozen):
         frozen = place(frozen, param_shardings(frozen, mesh, rules))
     state = place_state(trainable, task.optimizer, mesh)
-    memory = {"weights": _bytes(trainable) + _bytes(frozen), "gradients": _bytes(trainable)}
-    memory["state"] = _bytes(state.optimizer)
-    parameters = {"trainable": _count(trainable), "total": _count(trainable) + _count(frozen)}
+    memory = {
+        "weights": count_bytes(trainable) + count_bytes(frozen),
+        "gradients": count_bytes(trainable),
+    }
+    memory["state"] = count_bytes(state.optimizer)
+    parameters = {
+        "trainable": count_values(trainable),
+        "total": count_values(trainable) + count_values(frozen),
+    }
     index, count = process_rows(mesh)
     times: list[float] = []
     if first:
@@ -196,7 +202,7 @@ def run(
             assert checkpoints is not None
             checkpoints.save(state, {"history": log.history})
 
-        state = _begin(state, options, checkpoints, log)
+        state, _ = begin(state, options, checkpoints, log)
         batches = views.make_views(
             pool,
             task.draw,
@@ -252,33 +258,3 @@ def run(
         curve(folder / "curve.png", log.history, title=trial.method)
         write_record(folder, found)
     return found
-
-
-def _begin(
-    state: TrainState, options: TrainingOptions, checkpoints: Checkpoints | None, log: RunLog
-) -> TrainState:
-    """The state to begin with: with ``--resume``, that of the last checkpoint."""
-    if checkpoints is None:
-        return state
-    if not options.resume:
-        if checkpoints.steps:
-            raise CheckpointError(
-                f"{checkpoints.folder} holds a run, at step {checkpoints.steps[-1]}: continue it "
-                "with --resume, or choose another --out"
-            )
-        return state
-    found = checkpoints.restore(state)
-    if found is None:
-        return state
-    restored, extra = found
-    print(f"continuing after step {int(restored.step)}")
-    log.restore(extra["history"])
-    return restored
-
-
-def _count(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -66,7 +66,7 @@ from samjax.peft.presets import ADAMW
 from samjax.training import schedules
 from samjax.training.losses import binary_cross_entropy, binary_dice, weighted_sum
 from samjax.training.region_losses import focal_tversky, iou_regression
-from samjax.trees import Params
+from samjax.trees import Params, count_values
 
 Placement = Literal["encoder", "decoder", "both"]
 LOSSES = {"bce": binary_cross_entropy, "dice": binary_dice, "tversky": focal_tversky}
@@ -353,17 +353,13 @@ def _about_base(arguments: Arguments) -> tuple[str, ...]:
         return ()
     family = "SAM 2" if isinstance(config, Sam2Config) else "SAM 1"
     return (
-        f"base model: {family} of {_count(params) / 1e6:.1f} M parameters at {size} pixels; the "
-        "paper's is SAM 2.1 large at 1024",
+        f"base model: {family} of {count_values(params) / 1e6:.1f} M parameters at {size} pixels; "
+        "the paper's is SAM 2.1 large at 1024",
     )
 
 
 def _name(rank: int) -> str:
     return f"SAM2LoRA r={rank}"
-
-
-def _count(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _write(folder: Path, names: Sequence[str]) -> None:
@@ -376,7 +372,7 @@ def _write(folder: Path, names: Sequence[str]) -> None:
 def share_table(config: Config | None = None, ranks: Sequence[int] = RANKS) -> str:
     """Factors and their share of the base model by rank, of SAM 2.1 large by default."""
     params = abstract_params(config or sam2("hiera_large"))
-    base = _count(params)
+    base = count_values(params)
     lines = [f"{'rank':>5}{'factors':>14}{'share':>8}  of {base:,} parameters"]
     for rank in ranks:
         count = num_factors(params, rank)
@@ -389,7 +385,9 @@ def share_table(config: Config | None = None, ranks: Sequence[int] = RANKS) -> s
 def num_factors(params: Params, rank: int, placement: Placement = "both") -> int:
     """Trained parameters; ``params`` may be shapes only."""
     config = lora_config(rank, placement)
-    return _count(jax.eval_shape(lambda key: init_factors(params, config, key), jax.random.key(0)))
+    return count_values(
+        jax.eval_shape(lambda key: init_factors(params, config, key), jax.random.key(0))
+    )
 
 
 def smoke(arguments: Arguments) -> dict[str, Any]:

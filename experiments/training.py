@@ -39,7 +39,7 @@ from samjax.training.sharding import (
     shardings_of,
     to_host,
 )
-from samjax.trees import Params
+from samjax.trees import Params, count_bytes
 
 
 class Preempted(Exception):
@@ -204,7 +204,7 @@ def optimise(
     if val is None:
         watch.keep(int(state.step), state.tuned)
     speed = batch_size / float(np.median(np.diff(times))) if len(times) > 1 else None
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
+    held = count_bytes(state.optimizer)
     return Trained(watch.best, watch.best_step, speed, held)
 
 
@@ -213,6 +213,33 @@ def _with_epoch(batches: Iterable[dict], step: int, per_epoch: int) -> Iterator[
     for number, batch in enumerate(batches, step):
         epoch = np.full(len(batch["valid"]), number // per_epoch, np.float32)
         yield {**batch, "epoch": epoch}
+
+
+def begin(
+    state: TrainState, options: TrainingOptions, checkpoints: Checkpoints | None, log: RunLog
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """The state to begin with, and what was saved beside it: with ``--resume``, those of the last
+    checkpoint, whose history goes into the log; else the state as it is, and None.
+
+    Raises ``CheckpointError`` if there is a run already and it is not to be resumed.
+    """
+    if checkpoints is None:
+        return state, None
+    if not options.resume:
+        if checkpoints.steps:
+            raise CheckpointError(
+                f"{checkpoints.folder} holds a run, at step {checkpoints.steps[-1]}: continue it "
+                "with --resume, or choose another --out"
+            )
+        return state, None
+    found = checkpoints.restore(state)
+    if found is None:
+        print(f"no checkpoint in {checkpoints.folder} yet: starting from the beginning")
+        return state, None
+    restored, extra = found
+    print(f"continuing after step {int(restored.step)}")
+    log.restore(extra["history"])
+    return restored, extra
 
 
 @dataclass(kw_only=True)
@@ -236,22 +263,9 @@ class Watch:
     def begin(self, state: TrainState) -> TrainState:
         """The state to begin with: with ``--resume``, that of the last checkpoint."""
         checkpoints = self.checkpoints
-        if checkpoints is None:
+        restored, extra = begin(state, self.options, checkpoints, self.log)
+        if checkpoints is None or extra is None:
             return state
-        if not self.options.resume:
-            if checkpoints.steps:
-                raise CheckpointError(
-                    f"{checkpoints.folder} holds a run, at step {checkpoints.steps[-1]}: continue "
-                    "it with --resume, or choose another --out"
-                )
-            return state
-        found = checkpoints.restore(state)
-        if found is None:
-            print(f"no checkpoint in {checkpoints.folder} yet: starting from the beginning")
-            return state
-        restored, extra = found
-        print(f"continuing after step {int(restored.step)}")
-        self.log.restore(extra["history"])
         self.best_dice, self.best_step = extra["dice"], extra["step"]
         if self.best_step == int(restored.step):
             self.best = to_host(restored.tuned)

@@ -37,7 +37,7 @@ from samjax.metrics import CaseScore, summarise_cases
 from samjax.training.checkpoint import CheckpointError
 from samjax.training.log import RunLog
 from samjax.training.sharding import batch_parts
-from samjax.trees import Params
+from samjax.trees import Params, count_bytes, count_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +108,16 @@ def run(trial: Trial, mesh: Mesh) -> Record:
     tuning = seg.on_mesh(tuning, mesh)
     evaluator = seg.Evaluator(tuning)
     parameters = {
-        "trainable": 0 if trial.train is None else _count(tuning.trainable),
-        "total": _count(tuning.trainable) + _count(tuning.frozen),
+        "trainable": 0 if trial.train is None else count_values(tuning.trainable),
+        "total": count_values(tuning.trainable) + count_values(tuning.frozen),
     }
-    memory = {"weights": _bytes(tuning.trainable) + _bytes(tuning.frozen)}
+    memory = {"weights": count_bytes(tuning.trainable) + count_bytes(tuning.frozen)}
     speed, history, best = None, [], tuning.trainable
     first = is_first_process()
     if first:
         folder.mkdir(parents=True, exist_ok=True)
     if trial.train is not None:
-        memory["gradients"] = _bytes(tuning.trainable)
+        memory["gradients"] = count_bytes(tuning.trainable)
         with RunLog(folder, write=first) as log:
             trained = optimise(
                 options,
@@ -255,11 +255,3 @@ def _of_classes(scores: Scores) -> dict[str, tuple[float, float, float]]:
         scores.class_names[label - 1]: (found.mean, found.low, found.high)
         for label, found in classes.items()
     }
-
-
-def _count(tree: Params) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

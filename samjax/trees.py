@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import traverse_util
 
 Params = dict[str, Any]  # nested; leaves are arrays
@@ -21,6 +22,16 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 def unflatten(flat: Mapping[str, Any]) -> Params:
     """``{"a/b/c": leaf}`` to a nested dict."""
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def count_values(tree: Any) -> int:
+    """Numbers in all leaves of a tree of arrays, or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def count_bytes(tree: Any) -> int:
+    """Bytes of all leaves, on all devices together."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def block_columns(block: str, width: int) -> tuple[int, int]:
