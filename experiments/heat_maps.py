@@ -14,7 +14,8 @@ from experiments.trial import Trial
 from samjax.atomic import atomic_write
 from samjax.data import pad_to_frame, resize
 from samjax.frame import size_in_frame
-from samjax.models.ops import merge_windows, normalise_pixels, partition_windows
+from samjax.models.hl_attention import ViTBlock
+from samjax.models.ops import in_windows, normalise_pixels
 from samjax.trees import Params
 
 DRAWN = 3  # slices
@@ -29,24 +30,18 @@ def contributions(tuning: seg.Tuning, trainable: Params, frozen: Params, batch: 
     x = encoder.embed_patches(normalise_pixels(tuning.config, batch["image"], batch["size"]))
     total = jnp.zeros(())
     for block in encoder.blocks:
-        tokens, grid = block.norm1(x), (x.shape[1], x.shape[2])
-        padded = grid
-        if block.window:
-            tokens, padded = partition_windows(tokens, block.window)
-        qkv = block.attn.qkv(tokens)
-        base = block.attn.mix(qkv)
-        length = jnp.linalg.norm(base, axis=-1)
-        shares = [
-            jnp.linalg.norm(block.attn.mix(qkv + block.experts[name](tokens)) - base, axis=-1)
-            / length
-            for name in block.order
-        ]
-        found = jnp.stack(shares, axis=-1)
-        if block.window:
-            found = merge_windows(found, padded, grid)
+        found = in_windows(partial(_shares, block), block.norm1(x), block.window)
         total = total + found / len(encoder.blocks)
         x = block(x)
     return jnp.moveaxis(total, -1, 0)
+
+
+def _shares(block: ViTBlock, tokens: jax.Array) -> jax.Array:
+    attn, qkv = block.attn, block.attn.qkv(tokens)
+    base = attn.proj(attn.mix(qkv))
+    length = jnp.linalg.norm(base, axis=-1)
+    several = [attn.proj(attn.mix(qkv + block.experts[name](tokens))) for name in block.order]
+    return jnp.stack([jnp.linalg.norm(one - base, axis=-1) / length for one in several], axis=-1)
 
 
 def draw(trial: Trial, tuning: seg.Tuning, trainable: Params) -> None:

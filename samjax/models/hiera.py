@@ -29,7 +29,7 @@ from samjax.models.layers import (
     layer_norm,
     with_remat,
 )
-from samjax.models.ops import cubic_matrix, merge_windows, partition_windows
+from samjax.models.ops import cubic_matrix, in_windows
 
 PATCH_STRIDE = 4  # pixels per token side in the first stage; each later stage doubles it
 
@@ -123,11 +123,18 @@ class Attention(nnx.Module):
         self.heads = plan.heads
         self.pool = plan.pool
 
-    def __call__(self, x: Float[Array, "b gh gw i"]) -> Float[Array, "b gh2 gw2 c"]:
-        return self.mix(self.qkv(x))
+    def __call__(
+        self, x: Float[Array, "b gh gw i"], window: int = 0
+    ) -> Float[Array, "b gh2 gw2 c"]:
+        """Within windows of that side in tokens, or over the grid; see ``vit.Attention``."""
+
+        def mix(products: Array) -> Array:
+            return self.mix(self.qkv.add_bias(products))
+
+        return self.proj(in_windows(mix, self.qkv.product(x), window))
 
     def mix(self, qkv: Float[Array, "b gh gw c3"]) -> Float[Array, "b gh2 gw2 c"]:
-        """The attention of given queries, keys and values, projection of the output included."""
+        """The attention of given queries, keys and values, before the projection."""
         b = len(qkv)
         q, k, v = jnp.split(qkv, 3, axis=-1)
         if self.pool:
@@ -138,7 +145,7 @@ class Attention(nnx.Module):
             for y in (q, k, v)
         )
         out = attend(q, k, v).transpose(0, 2, 1, 3)
-        return self.proj(out.reshape(b, *grid, -1))
+        return out.reshape(b, *grid, -1)
 
 
 def max_pool(x: Float[Array, "b gh gw c"]) -> Float[Array, "b gh2 gw2 c"]:
@@ -160,27 +167,19 @@ class Block(nnx.Module):
         if plan.width != plan.width_in:
             self.proj = Dense(plan.width_in, plan.width, dtype=dtype, rngs=rngs)
         self.plan = plan
+        self.window = plan.window
 
     def __call__(self, x: Float[Array, "b gh gw i"]) -> Float[Array, "b gh2 gw2 c"]:
-        plan = self.plan
         normed = self.norm1(x)
-        if plan.width != plan.width_in:
+        if self.plan.width != self.plan.width_in:
             x = self.proj(normed)  # of the normed tokens, as upstream
-            x = max_pool(x) if plan.pool else x
-        if plan.window:
-            windows, padded = partition_windows(normed, plan.window)
-            if plan.pool:
-                rows, columns = (side // plan.window for side in padded)
-                padded = rows * (plan.window // 2), columns * (plan.window // 2)
-            attended = merge_windows(self.attend(windows), padded, (x.shape[1], x.shape[2]))
-        else:
-            attended = self.attend(normed)
-        x = x + attended
+            x = max_pool(x) if self.plan.pool else x
+        x = x + self.attend(normed)
         return x + self.mlp(self.norm2(x))
 
     def attend(self, x: Float[Array, "b gh gw i"]) -> Float[Array, "b gh2 gw2 c"]:
-        """What is added to the tokens of each window, from its normed tokens."""
-        return self.attn(x)
+        """What is added to the tokens, from the normed tokens."""
+        return self.attn(x, self.window)
 
 
 class Trunk(nnx.Module):

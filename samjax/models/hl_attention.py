@@ -42,6 +42,7 @@ from samjax.models import hiera, vit
 from samjax.models.attention import attend
 from samjax.models.hiera import BlockPlan, HieraConfig
 from samjax.models.layers import Dense, layer_norm
+from samjax.models.ops import in_windows
 from samjax.models.sam import SamConfig
 from samjax.models.sam2_config import Sam2Config
 from samjax.models.vit import ViTConfig
@@ -221,6 +222,7 @@ class _Fused(nnx.Module):
     """The attention of a block with experts, whatever the encoder."""
 
     attn: vit.Attention | hiera.Attention
+    window: int
 
     def _add_experts(
         self,
@@ -242,12 +244,16 @@ class _Fused(nnx.Module):
         self.sums = config.fusion == "sum"
 
     def attend(self, x: Float[Array, "b gh gw i"]) -> Float[Array, "b gh2 gw2 c"]:
+        """What is added to the tokens, from the normed tokens."""
+        return in_windows(self.fuse, x, self.window)
+
+    def fuse(self, x: Float[Array, "b gh gw i"]) -> Float[Array, "b gh2 gw2 c"]:
         """What is added to the tokens of each window, from its normed tokens: ``base + E``."""
         qkv = self.attn.qkv(x)
         several = [qkv, *(qkv + self.experts[name](x) for name in self.order)]
         # One attention for all. The batch stays the leading axis, which may lie on several devices.
         stacked = jnp.stack(several, axis=1).reshape(-1, *qkv.shape[1:])
-        mixed = self.attn.mix(stacked)
+        mixed = self.attn.proj(self.attn.mix(stacked))
         mixed = mixed.reshape(len(x), len(several), *mixed.shape[1:])
         base = mixed[:, 0]
         differences = [mixed[:, 1 + i] - base for i in range(len(self.order))]

@@ -97,14 +97,21 @@ class Dense(nnx.Module):
         self.side_paths = ()
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        return self.add_bias(self.product(x))
+
+    def product(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        """All but the bias: zeros stay zeros."""
         x = x.astype(self.dtype)
         # Flat rows: the gradient of the kernel is then one plain matrix product, half the time.
         y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(self.dtype)
         y = y.reshape(*x.shape[:-1], -1)
-        y = y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
         for side in self.side_paths:
             y = _add_side_path(x, y, side)
         return y
+
+    def add_bias(self, y: Float[Array, "*b o"]) -> Float[Array, "*b o"]:
+        """What ``product`` leaves out."""
+        return y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
 
 
 def _add_side_path(x: Array, y: Array, side: SidePath) -> Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +180,24 @@ def merge_windows(
     rows, columns = padded[0] // window, padded[1] // window
     x = windows.reshape(-1, rows, columns, window, window, c).swapaxes(2, 3)
     return x.reshape(-1, *padded, c)[:, : grid[0], : grid[1]]
+
+
+def in_windows(
+    function: Callable[[Float[Array, "n s s c"]], Float[Array, "n s2 s2 o"]],
+    x: Float[Array, "b gh gw c"],
+    window: int,
+) -> Float[Array, "b gh2 gw2 o"]:
+    """``function`` of each window of a grid, or with ``window`` 0 of the whole grid.
+
+    The function sees zeros where windows reach beyond the grid.  It may answer with smaller
+    windows; the grid shrinks alike, an odd last row or column left out.
+    """
+    if not window:
+        return function(x)
+    windows, padded = partition_windows(x, window)
+    answer = function(windows)
+    height, width, *grid = (side * answer.shape[1] // window for side in (*padded, *x.shape[1:3]))
+    return merge_windows(answer, (height, width), (grid[0], grid[1]))
 
 
 def relative_index(size: int) -> np.ndarray:
