@@ -66,6 +66,7 @@ def plan(model: str, method: str, rank: int, switches: str, batch: int) -> dict[
         batch=batch,
         method=method,  # type: ignore[arg-type]
         rank=max(rank, 1),
+        galore_any_rank=True,  # rank 128 of matrices with 112 rows: as galore-torch
         remat="all" if "remat" in switches else "no",
         dtype="bfloat16" if "bfloat16" in switches else "float32",
         clip="none",

@@ -66,7 +66,13 @@ class OurStep:
         )
         del params
         optimizer = seg.make_optimizer(
-            tuning, 1e-4, weight_decay=0.01, clip="none", rank=rank, update_gap=GAP
+            tuning,
+            1e-4,
+            weight_decay=0.01,
+            clip="none",
+            rank=rank,
+            update_gap=GAP,
+            any_rank=True,
         )
         self._state = init_state(tuning.trainable, optimizer)
         self._frozen, self._key = tuning.frozen, jax.random.key(0)

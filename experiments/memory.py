@@ -68,6 +68,8 @@ class Arguments:
     """What is trained."""
     rank: int = 4
     """Of LoRA, or of GaLore."""
+    galore_any_rank: bool = False
+    """GaLore: a matrix with a side below the rank keeps that side, instead of an error."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters stay float32."""
     remat: RematName = "no"
@@ -170,6 +172,7 @@ def lowered_inputs(arguments: Arguments, mesh: Mesh) -> tuple[dict[str, Any], tu
         clip=arguments.clip,
         moments=arguments.moments,
         rank=arguments.rank,
+        any_rank=arguments.galore_any_rank,
     )
     placement = state_placement(joint, optimizer, mesh)
     shapes = jax.eval_shape(partial(init_state, optimizer=optimizer), joint)

@@ -95,6 +95,8 @@ class TrainingOptions:
     """GaLore: factor of its steps."""
     galore_projection: Projection = "std"
     """GaLore: which side of a matrix is made short."""
+    galore_any_rank: bool = False
+    """GaLore: a matrix with a side below the rank keeps that side, instead of an error."""
     moments: Moments = "float32"
     """Of the optimizer's moments: 8bit takes a quarter of the memory."""
 

@@ -73,6 +73,7 @@ def make_optimizer(
         update_gap=options.galore_gap,
         scale=options.galore_scale,
         projection=options.galore_projection,
+        any_rank=options.galore_any_rank,
     )
 
 

@@ -48,6 +48,7 @@ def scale_by_galore(
     projection: Projection = "std",
     refresher: Refresher = "eigh",
     stacked: bool = False,
+    any_rank: bool = False,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs ``inner`` on projected gradients, and multiplies what it answers by ``scale``.
@@ -58,7 +59,8 @@ def scale_by_galore(
 
     Args:
         inner: any transform of gradients alone; it gets no parameters.
-        rank: columns of a basis.
+        rank: columns of a basis; at most the shorter side of every matrix.
+        any_rank: a matrix with a shorter side than that keeps this side's length, as upstream's.
         update_gap: updates between two refreshes; the first update is one.
         scale: upstream's default; its recipe for fine-tuning has rank 4, gap 500, scale 4.
         projection: which side is made short. ``std``: the shorter one, the input where they are
@@ -74,7 +76,7 @@ def scale_by_galore(
     program; a bool decides it while tracing, so that a trainer can compile a program for each.
 
     Raises ``ValueError`` for a setting out of its range, and at ``init`` naming every leaf whose
-    shorter side is below the rank.
+    shorter side is below the rank, without ``any_rank``.
     """
     for name, value, known in (
         ("projection", projection, get_args(Projection)),
@@ -97,12 +99,13 @@ def scale_by_galore(
                 small.append(leaf)
                 continue
             shape = jax.eval_shape(matrix, leaf).shape
-            if rank > min(shape[-2:]):
+            if rank > min(shape[-2:]) and not any_rank:
                 problems.append(f"{path_name(path)}, {shape[-2]} x {shape[-1]}")
                 continue
             key = jax.random.fold_in(jax.random.key(seed), index)
+            columns = min(rank, *shape[-2:])
             basis = {
-                side: _first_basis(refresher, (*shape[:-2], shape[-2 if side == "in" else -1]), key)
+                side: _first_basis((*shape[:-2], shape[-2 if side == "in" else -1], columns), key)
                 for side in sides(shape, projection)
             }
             bases.append(basis)
@@ -114,10 +117,8 @@ def scale_by_galore(
         bases, small = (jax.tree.unflatten(treedef, values) for values in (bases, small))
         return GaloreState(jnp.zeros((), jnp.int32), bases, inner.init(small))
 
-    def _first_basis(refresher: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        if refresher == "power":
-            return jax.random.normal(key, (*shape, rank))
-        return jnp.zeros((*shape, rank))
+    def _first_basis(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+        return jax.random.normal(key, shape) if refresher == "power" else jnp.zeros(shape)
 
     def update(updates, state, params=None, *, refresh: bool | None = None, **extra):
         del params, extra

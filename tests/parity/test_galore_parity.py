@@ -1,5 +1,7 @@
 """GaLore against jiaweizzhao/GaLore's own optimizer, `galore_torch.GaLoreAdamW`."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from samjax.peft.galore import canonical_signs, galore
 torch = pytest.importorskip("torch")
 
 SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}  # torch's: (out, in)
-STEPS, GAP, RANK = 50, 10, 6
+STEPS, GAP = 50, 10
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +103,14 @@ def run_ours(optimizer):
     return params
 
 
-@pytest.mark.parametrize("refresher", ["eigh", "svd"])
-@pytest.mark.parametrize("projection", ["std", "reverse_std", "left", "right", "full"])
-def test_fifty_steps_over_five_refreshes(upstream, projection, refresher):
+@pytest.mark.parametrize(
+    ("projection", "refresher", "rank"),
+    [
+        *itertools.product(["std", "reverse_std", "left", "right", "full"], ["eigh", "svd"], [6]),
+        ("std", "svd", 28),  # above a side of two of the weights
+    ],
+)
+def test_fifty_steps_over_five_refreshes(upstream, projection, refresher, rank):
     """Weights tall, wide and square, and a bias that is not projected: within 1e-5 relative.
 
     Projected on both sides, a gradient is diagonal at a refresh; beside the diagonal there is only
@@ -113,12 +120,13 @@ def test_fifty_steps_over_five_refreshes(upstream, projection, refresher):
     eps = 1e-4 if projection == "full" else 1e-6
     settings = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": eps}
     theirs, their_bias = run_upstream(
-        upstream, settings, rank=RANK, update_proj_gap=GAP, scale=0.25, proj_type=projection
+        upstream, settings, rank=rank, update_proj_gap=GAP, scale=0.25, proj_type=projection
     )
     ours = run_ours(
         galore(
             1e-2,
-            RANK,
+            rank,
+            any_rank=rank > 24,
             update_gap=GAP,
             scale=0.25,
             projection=projection,

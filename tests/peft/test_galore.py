@@ -196,6 +196,19 @@ def test_a_rank_that_exceeds_a_matrix_is_named(rng):
         scale_by_galore(optax.identity(), 8).init(tree(rng, **SHAPES))
 
 
+@pytest.mark.parametrize("refresher", REFRESHERS)
+def test_with_any_rank_such_a_matrix_keeps_its_side(rng, refresher):
+    gradients = tree(rng, **SHAPES)
+    transform = scale_by_galore(optax.identity(), 8, scale=1.0, refresher=refresher, any_rank=True)
+    updates, state = transform.update(gradients, transform.init(gradients))
+    columns = {name: found["kernel"] for name, found in state.bases.items() if name != "norm"}
+    columns = {name: next(iter(basis.values())).shape[-1] for name, basis in columns.items()}
+    assert columns == {"tall": 7, "wide": 7, "square": 8}
+    for name in ("tall", "wide"):
+        expected = gradients[name]["kernel"]
+        np.testing.assert_allclose(updates[name]["kernel"], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
