@@ -29,8 +29,9 @@ import jax
 import tyro
 
 from experiments import memory
-from samjax.atomic import write_json
+from samjax.atomic import atomic_write, write_json
 
+MODELS = ("vit_b@512", "vit_b@1024", "sam2.1_hiera_base_plus@1024")
 METHODS = (("full", 0), ("decoder", 0), ("lora+decoder", 4), ("lora+decoder", 64))
 METHODS += (("galore+decoder", 4), ("galore+decoder", 128))
 SWITCHES = ("", "remat", "bfloat16", "remat bfloat16")
@@ -41,7 +42,7 @@ WARM_UP, STEPS = 2, 3  # GaLore's refresh and plain step are compiled in the fir
 class Arguments:
     """Memory and time of training by method, planned and measured."""
 
-    models: tuple[str, ...] = ("vit_b@512", "vit_b@1024", "sam2.1_hiera_base_plus@1024")
+    models: tuple[str, ...] = MODELS
     """Model and side of the frame."""
     methods: tuple[str, ...] = tuple(f"{method} {rank}" for method, rank in METHODS)
     """Method and rank."""
@@ -177,29 +178,50 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
     return report["entries"]
 
 
+COLUMNS = (
+    *("model", "method", "switches", "weights", "gradients", "state", "temporary", "planned"),
+    *("ours", "PyTorch", "time"),
+)
+LEGEND = """# Memory of a training step, batch 1, CPU
+
+By `python -m benchmarks.memory`; GB (10⁹ bytes).  Planned by XLA for our step: weights, gradients
+(were all there at once), optimizer state, temporary (activations, and the gradients that are alive
+together), and the peak.  Held at most by a process while it steps, beyond its imports: ours, and
+PyTorch's with Meta's modules, PEFT and galore-torch.  Time: CPU seconds of our step over those of
+full tuning without switches.
+"""
+
+
 def table(entries: list[dict[str, Any]]) -> str:
-    """GB of peak memory by method; times as ratios to full tuning without switches."""
-    found = {
-        (e["model"], f"{e['method']} {e['rank'] or ''}".strip(), e["switches"], e["kind"]): e
-        for e in entries
-    }
-    rows = dict.fromkeys(key[:3] for key in found)
-    lines = [
-        f"{'model':<30}{'method':<20}{'switches':<18}{'planned':>9}{'ours':>9}{'PyTorch':>9}"
-        f"{'time':>8}"
-    ]
-    for row in rows:
-        parts = [found.get((*row, kind)) for kind in ("plan", "ours", "torch")]
-        peaks = "".join(
-            "        -" if e is None else f"{e['result']['peak'] / 1e9:9.3f}" for e in parts
-        )
-        full = found.get((row[0], "full", "", "ours"))
-        ratio = "       -"
-        if full is not None and parts[1] is not None:
-            seconds = parts[1]["result"]["step_seconds"] / full["result"]["step_seconds"]
-            ratio = f"{seconds:8.2f}"
-        lines.append(f"{row[0]:<30}{row[1]:<20}{row[2]:<18}{peaks}{ratio}")
+    """Markdown: a row for each model, method and switches; see ``LEGEND``."""
+    found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for e in entries:
+        key = (e["model"], f"{e['method']} {e['rank'] or ''}".strip(), e["switches"] or "none")
+        found.setdefault(key, {})[e["kind"]] = e["result"]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in sorted(found, key=_place):
+        by_kind = found[row]
+        plan = by_kind.get("plan", {})
+        planned = [
+            plan.get(part) for part in ("weights", "gradients", "state", "temporary", "peak")
+        ]
+        held = [by_kind.get(kind, {}).get("peak") for kind in ("ours", "torch")]
+        full = found.get((row[0], "full", "none"), {}).get("ours")
+        ratio = ""
+        if full is not None and "ours" in by_kind:
+            ratio = f"{by_kind['ours']['step_seconds'] / full['step_seconds']:.2f}"
+        numbers = ["" if value is None else f"{value / 1e9:.3f}" for value in (*planned, *held)]
+        lines.append(f"| {' | '.join((*row, *numbers, ratio))} |")
     return "\n".join(lines)
+
+
+def _place(row: tuple[str, str, str]) -> tuple[int, ...]:
+    """Where a row of the table stands: as the measurements are made; others last."""
+    orders = MODELS, [f"{m} {rank or ''}".strip() for m, rank in METHODS], ["none", *SWITCHES[1:]]
+    return tuple(
+        order.index(name) if name in order else len(order)
+        for name, order in zip(row, orders, strict=True)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,7 +233,10 @@ def main(argv: list[str] | None = None) -> int:
         found = plan(**settings) if kind == "plan" else steps(kind, **settings)
         print(json.dumps(found))
         return 0
-    print(table(run(arguments)))
+    text = table(run(arguments))
+    print(text)
+    with atomic_write(arguments.out.with_suffix(".md")) as temporary:
+        temporary.write_text(f"{LEGEND}\n{text}\n")
     return 0
 
 

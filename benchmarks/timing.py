@@ -50,6 +50,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "jax": jax.__version__,
         "malloc": MALLOC,
+        "xla_flags": os.environ.get("XLA_FLAGS"),
     }
 
 

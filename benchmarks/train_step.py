@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m benchmarks.train_step")
     report = run(arguments)
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    name = f"{arguments.variant}@{arguments.size}, {arguments.method}, {report['device']}"
+    flags = f", {report['xla_flags']}" if report["xla_flags"] else ""
+    name = f"{arguments.variant}@{arguments.size}, {arguments.method}, {report['device']}{flags}"
     write_json(arguments.out, {**known, name: report})
     print(name)
     for key, value in report.items():
