@@ -307,9 +307,10 @@ def _stage_one(
             yield run(f"stage1_{name}", row, samora_stage1.TEACHER, options, task)
     own = {**settings(arguments.stage1), "schedule": "poly", "subtract_warmup": True}
     options = dataclasses.replace(arguments, **own)
-    wanted = [("sam", rank) for rank in dict.fromkeys((4, *arguments.ranks))] + [
-        ("sam2", 4)
-    ] * on_sam2
+    wanted = [("sam", 4)]
+    if set(arguments.ablations) & set(arguments.sets):  # else nobody asks for the others
+        wanted += [("sam", rank) for rank in dict.fromkeys(arguments.ranks) if rank != 4]
+        wanted += [("sam2", 4)] * on_sam2
     for base, rank in wanted:
         for name in EXPERTS:
             task = partial(samora_stage1.expert, name=name, rank=rank, base=base)
