@@ -44,7 +44,9 @@ def picture(folder: Path, kind: str) -> np.ndarray:
 
 def build(config: SamConfig):
     """Upstream's model, and ours with its weights."""
-    theirs = randomise(build_reference_sam(config), seed=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # whatever tests ran before
+        theirs = randomise(build_reference_sam(config), seed=0)
     with torch.no_grad():
         for mlp in theirs.mask_decoder.output_hypernetworks_mlps:
             mlp.layers[-1].weight *= 30
