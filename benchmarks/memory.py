@@ -31,7 +31,6 @@ import tyro
 from experiments import memory
 from samjax.atomic import atomic_write, write_json
 
-MODELS = ("vit_b@512", "vit_b@1024", "sam2.1_hiera_base_plus@1024")
 METHODS = (("full", 0), ("decoder", 0), ("lora+decoder", 4), ("lora+decoder", 64))
 METHODS += (("galore+decoder", 4), ("galore+decoder", 128))
 SWITCHES = ("", "remat", "bfloat16", "remat bfloat16")
@@ -42,7 +41,7 @@ WARM_UP, STEPS = 2, 3  # GaLore's refresh and plain step are compiled in the fir
 class Arguments:
     """Memory and time of training by method, planned and measured."""
 
-    models: tuple[str, ...] = MODELS
+    models: tuple[str, ...] = ("vit_b@512", "vit_b@1024", "sam2.1_hiera_base_plus@1024")
     """Model and side of the frame."""
     methods: tuple[str, ...] = tuple(f"{method} {rank}" for method, rank in METHODS)
     """Method and rank."""
@@ -158,7 +157,7 @@ def wanted(arguments: Arguments) -> list[dict[str, Any]]:
 
 
 def run(arguments: Arguments) -> list[dict[str, Any]]:
-    """Makes what is missing in the file; returns all entries."""
+    """Makes what is missing in the file; returns its entries of this batch and device."""
     report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"entries": []}
     device = jax.devices()[0].device_kind
     done = [{k: v for k, v in entry.items() if k != "result"} for entry in report["entries"]]
@@ -175,14 +174,15 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
         write_json(arguments.out, {**report, "jax": jax.__version__})
         name = " ".join(str(settings[key]) for key in ("kind", "model", "method", "rank"))
         print(f"{name} {settings['switches']}: {entry['result']['peak'] / 1e9:.3f} GB", flush=True)
-    return report["entries"]
+    settings = {"batch": arguments.batch, "device": device}
+    return [entry for entry in report["entries"] if settings.items() <= entry.items()]
 
 
 COLUMNS = (
     *("model", "method", "switches", "weights", "gradients", "state", "temporary", "planned"),
     *("ours", "PyTorch", "time"),
 )
-LEGEND = """# Memory of a training step, batch 1, CPU
+LEGEND = """# Memory of a training step, batch {batch}, {device}
 
 By `python -m benchmarks.memory`; GB (10⁹ bytes).  Planned by XLA for our step: weights, gradients
 (were all there at once), optimizer state, temporary (activations, and the gradients that are alive
@@ -194,12 +194,13 @@ full tuning without switches.
 
 def table(entries: list[dict[str, Any]]) -> str:
     """Markdown: a row for each model, method and switches; see ``LEGEND``."""
-    found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
-    for e in entries:
-        key = (e["model"], f"{e['method']} {e['rank'] or ''}".strip(), e["switches"] or "none")
-        found.setdefault(key, {})[e["kind"]] = e["result"]
+    found: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for entry in entries:
+        found.setdefault(_row(entry), {})[entry["kind"]] = entry["result"]
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for row in sorted(found, key=_place):
+    for row in dict.fromkeys(map(_row, [*wanted(Arguments()), *entries])):
+        if row not in found:
+            continue
         by_kind = found[row]
         plan = by_kind.get("plan", {})
         planned = [
@@ -215,13 +216,9 @@ def table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _place(row: tuple[str, str, str]) -> tuple[int, ...]:
-    """Where a row of the table stands: as the measurements are made; others last."""
-    orders = MODELS, [f"{m} {rank or ''}".strip() for m, rank in METHODS], ["none", *SWITCHES[1:]]
-    return tuple(
-        order.index(name) if name in order else len(order)
-        for name, order in zip(row, orders, strict=True)
-    )
+def _row(entry: dict[str, Any]) -> tuple[str, str, str]:
+    method = f"{entry['method']} {entry['rank'] or ''}".strip()
+    return entry["model"], method, entry["switches"] or "none"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -236,7 +233,9 @@ def main(argv: list[str] | None = None) -> int:
     text = table(run(arguments))
     print(text)
     with atomic_write(arguments.out.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{LEGEND}\n{text}\n")
+        device = jax.devices()[0].device_kind
+        legend = LEGEND.format(batch=arguments.batch, device=device)
+        temporary.write_text(f"{legend}\n{text}\n")
     return 0
 
 

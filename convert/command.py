@@ -20,7 +20,7 @@ from convert import bridge, hub
 from convert.torch_io import CheckpointError, read_checkpoint, write_torch
 from samjax.models.functional import abstract_params
 from samjax.models.weights import load_weights, resize_params, save_weights
-from samjax.trees import Params, flatten
+from samjax.trees import Params, count_values, flatten
 
 
 @dataclass(frozen=True)
@@ -249,10 +249,9 @@ def run(families: Sequence[Family], arguments: Arguments) -> None:
     if arguments.adapter is not None:
         params = _merge(family, params, arguments.adapter)
     print(f"{arguments.ckpt}: {family.describe(config)}")
-    leaves = flatten(params).values()
     _print_facts(
-        ("tensors", str(len(leaves))),
-        ("parameters", f"{sum(leaf.size for leaf in leaves):,}"),
+        ("tensors", str(len(flatten(params)))),
+        ("parameters", f"{count_values(params):,}"),
         *loaded.facts,
         *([("merged", str(arguments.adapter))] if arguments.adapter else []),
     )

@@ -32,7 +32,7 @@ from convert.teacher_files import Loaded, load_converted, save
 from convert.torch_io import CheckpointError, read_checkpoint, write_torch
 from samjax.models.functional import abstract_params, init_params
 from samjax.models.mae import VARIANTS, MaeConfig, sincos_positions
-from samjax.trees import Params, flatten
+from samjax.trees import Params, count_values
 
 NAMES: bridge.Names = [
     ("patch_embed/{p}", "patch_embed.proj.{p}"),
@@ -237,11 +237,10 @@ def run(arguments: Arguments) -> None:
     if target.resolve() == arguments.ckpt.resolve():
         raise ValueError(f"{target}: would overwrite the checkpoint itself; give another --out")
     config, params, metadata = load(arguments.ckpt, key=arguments.key)
-    leaves = flatten(params).values()
     height, width = config.image_size
     print(f"{arguments.ckpt}: MAE {metadata['variant']}, image {height} x {width}")
     _print_facts(
-        ("parameters", f"{sum(leaf.size for leaf in leaves):,}"),
+        ("parameters", f"{count_values(params):,}"),
         *((name, metadata[name]) for name in ("decoder", "sha256") if name in metadata),
     )
     if arguments.to_torch is not None:

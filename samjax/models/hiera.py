@@ -127,11 +127,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b gh gw i"], window: int = 0
     ) -> Float[Array, "b gh2 gw2 c"]:
         """Within windows of that side in tokens, or over the grid; see ``vit.Attention``."""
-
-        def mix(products: Array) -> Array:
-            return self.mix(self.qkv.add_bias(products))
-
-        return self.proj(in_windows(mix, self.qkv.product(x), window))
+        products = self.qkv.product(x)
+        return self.proj(in_windows(lambda y: self.mix(self.qkv.add_bias(y)), products, window))
 
     def mix(self, qkv: Float[Array, "b gh gw c3"]) -> Float[Array, "b gh2 gw2 c"]:
         """The attention of given queries, keys and values, before the projection."""

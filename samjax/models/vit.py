@@ -104,11 +104,8 @@ class Attention(nnx.Module):
         A token that only fills up a window is zero, so that its queries, keys and values are the
         bias, and nobody reads its answer: the products with weights leave it out.
         """
-
-        def mix(products: Array) -> Array:
-            return self.mix(self.qkv.add_bias(products))
-
-        return self.proj(in_windows(mix, self.qkv.product(x), window))
+        products = self.qkv.product(x)
+        return self.proj(in_windows(lambda y: self.mix(self.qkv.add_bias(y)), products, window))
 
     def mix(self, qkv: Float[Array, "b gh gw c3"]) -> Float[Array, "b gh gw c"]:
         """The attention of given queries, keys and values, before the projection."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from samjax.trees import count_bytes
+
 FREEZE = "freeze"
 
 
@@ -115,8 +117,7 @@ def table(params: Any, labels: Any, states: Mapping[str, Any] | None = None) -> 
     sizes = (("weights MiB", 13), ("gradients MiB", 15), ("state MiB", 11))
     lines = [f"{'label':<10}" + "".join(f"{name:>{width}}" for name, width in columns + sizes)]
     for label, (tensors, size, nbytes) in sorted(counts.items()):
-        leaves = jax.tree.leaves((states or {}).get(label, ()))
-        state = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        state = count_bytes((states or {}).get(label, ()))
         values = nbytes, 0 if label == FREEZE else nbytes, state
         parts = [f"{tensors:>9}{size:>14,}{size / total:>9.2%}"]
         parts += [f"{v / 2**20:>{w}.2f}" for v, (_, w) in zip(values, sizes, strict=True)]
