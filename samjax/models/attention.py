@@ -38,12 +38,64 @@ def attend(
     bias = None if valid is None else jnp.where(valid, 0.0, LOWEST).astype(jnp.float32)
     # Short on either side, the scores are small; else a CPU reads them from memory several times.
     if min(q.shape[2], k.shape[2]) <= BLOCK // 2 or jax.default_backend() != "cpu":
-        scores = jnp.einsum("bnsd,bntd->bnst", q, k, preferred_element_type=jnp.float32)
-        if bias is not None:
-            scores = scores + bias[:, None, None, :]
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bnst,bnte->bnse", weights, v)
+        return mix_values(q, k, v, bias)
     return _attend_in_blocks(q, k, v, bias, length, block)
+
+
+@jax.custom_vjp
+def mix_values(
+    q: Float[Array, "b n s d"],
+    k: Float[Array, "b n t d"],
+    v: Float[Array, "b n t e"],
+    bias: Float[Array, "b t"] | None = None,
+) -> Float[Array, "b n s e"]:
+    """``softmax(q kᵀ + bias) v``, of queries that are scaled already.
+
+    For the backward pass no array of the size of the scores is kept: it computes them anew, from
+    the sum of each row (as FlashAttention's, algorithm 4).  ``bias`` has no gradient.
+    """
+    return _mix(q, k, v, bias)[0]
+
+
+def _mix(q, k, v, bias):
+    scores = jnp.einsum("bnsd,bntd->bnst", q, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias[:, None, None, :]
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum(
+        "bnst,bnte->bnse", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return (out / total).astype(v.dtype), (top + jnp.log(total))[..., 0]
+
+
+def _mix_forward(q, k, v, bias):
+    out, log_total = _mix(q, k, v, bias)
+    return out, (q, k, v, bias, out, log_total)
+
+
+def _mix_backward(kept, cotangent):
+    q, k, v, bias, out, log_total = kept
+    inner = (cotangent * out).astype(jnp.float32).sum(axis=-1)
+    # Transposed, or a compiler would find the scores of the forward pass and keep those; and with
+    # a zero that waits for the cotangent, or it might compute them, and keep them, long before.
+    late = q + (0 * inner)[..., None].astype(q.dtype)
+    scores = jnp.einsum("bntd,bnsd->bnts", k, late, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias[:, None, :, None]
+    weights = jnp.exp(scores - log_total[:, :, None, :])
+    of_weights = jnp.einsum("bnte,bnse->bnts", v, cotangent, preferred_element_type=jnp.float32)
+    of_scores = (weights * (of_weights - inner[:, :, None, :])).astype(q.dtype)
+    return (
+        jnp.einsum("bnts,bntd->bnsd", of_scores, k),
+        jnp.einsum("bnts,bnsd->bntd", of_scores, q),
+        jnp.einsum("bnts,bnse->bnte", weights.astype(v.dtype), cotangent),
+        None if bias is None else jnp.zeros_like(bias),
+    )
+
+
+mix_values.defvjp(_mix_forward, _mix_backward)
 
 
 class _Sums(NamedTuple):

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from samjax.models.attention import mix_values
 from samjax.models.layers import (
     EMBEDDING_INIT,
     MLP,
@@ -166,10 +167,11 @@ def _attend(
         one_hot = jnp.asarray(np.concatenate([rows, columns], axis=1), k.dtype)
         k = jnp.concatenate([k, jnp.broadcast_to(one_hot, (b, n, *one_hot.shape))], axis=-1)
     q = q.reshape(b, n, r * gw, -1)
+    if folded:
+        return mix_values(q, k, v)
     scores = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=jnp.float32)
-    if not folded:
-        bias = bias_h[..., :, None] + bias_w[..., None, :]
-        scores = scores + bias.reshape(scores.shape).astype(scores.dtype)
+    bias = bias_h[..., :, None] + bias_w[..., None, :]
+    scores = scores + bias.reshape(scores.shape).astype(scores.dtype)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bnqk,bnkd->bnqd", weights, v)
 
