@@ -122,8 +122,8 @@ def _add_side_path(x: Array, y: Array, side: SidePath) -> Array:
     if side.drop_output:
         delta = _drop(delta, side)
     start, stop = side.columns
-    outside = [(0, 0)] * (y.ndim - 1) + [(start, y.shape[-1] - stop)]
-    return y + jnp.pad(delta, outside)
+    parts = [y[..., :start], y[..., start:stop] + delta, y[..., stop:]]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def _drop(x: Array, side: SidePath) -> Array:
@@ -186,7 +186,9 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _gelu_backward(x: Array, cotangent: Array) -> tuple[Array]:
-    # With erf: JAX's GELU has erfc, which a compiler would find twice, and keep the first.
+    # With erf: JAX's GELU has erfc, which a compiler would find twice, and keep the first. The zero
+    # waits for the cotangent, or it might compute all this, and keep it, long before.
+    x = x + 0 * cotangent
     below = 0.5 * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
     density = jnp.exp(-0.5 * x * x) * np.asarray(1 / np.sqrt(2 * np.pi), x.dtype)
     return (cotangent * (below + x * density),)

@@ -17,6 +17,7 @@ import optax
 from tqdm import tqdm
 
 from samjax.training.averaging import init_average, update_average
+from samjax.training.compiling import compiler_options
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Any, Any, Batch, jax.Array], jax.Array]
@@ -137,10 +138,10 @@ def make_programs(
         metrics = {"loss": value, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, trainable, opt_state, average), metrics
 
-    results: dict[str, Any] = {}
+    options: dict[str, Any] = {"compiler_options": compiler_options()}
     if placement is not None:
-        results["out_shardings"] = (placement, placement.step)  # metrics are whole, as step is
-    jit = partial(jax.jit, donate_argnums=0, **results)
+        options["out_shardings"] = (placement, placement.step)  # metrics are whole, as step is
+    jit = partial(jax.jit, donate_argnums=0, **options)
     if not galore:
         return {"step": jit(step)}
     return {"step": jit(partial(step, refresh=False)), "refresh": jit(partial(step, refresh=True))}
