@@ -38,20 +38,52 @@ class Devices:
     """With HOST:PORT: which one this is, from 0."""
 
     def start(self) -> Mesh:
-        """Joins the other processes, if there are any, and makes the mesh."""
+        """Joins the other processes, if there are any, and makes the mesh.
+
+        Raises ``ValueError`` for settings that contradict each other, where no cluster is found,
+        and as ``make_mesh`` does.  Where the others do not answer, JAX ends the process after five
+        minutes, with a message of its own.
+        """
         given = (self.processes is not None, self.process is not None)
-        if self.coordinator in (None, "auto") and any(given):
-            raise ValueError("--mesh.processes and --mesh.process go with --mesh.coordinator")
-        if self.coordinator == "auto":
-            jax.distributed.initialize()
-        elif self.coordinator is not None:
-            if not all(given):
+        if self.coordinator in (None, "auto"):
+            if any(given):
+                raise ValueError("--mesh.processes and --mesh.process go with HOST:PORT")
+            if self.coordinator == "auto":
+                _join_cluster()
+        else:
+            if self.processes is None or self.process is None:
                 raise ValueError(
                     f"--mesh.coordinator {self.coordinator} needs --mesh.processes and "
                     "--mesh.process"
                 )
-            jax.distributed.initialize(self.coordinator, self.processes, self.process)
+            _join(self.coordinator, self.processes, self.process)
         return make_mesh(self.data, self.fsdp, self.tensor)
+
+
+def _join_cluster() -> None:
+    """Where the others are, the cluster's environment says, and which devices are this one's."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(
+            "--mesh.coordinator auto: this is no job of SLURM, Open MPI, GKE or a TPU pod "
+            f"({error}): expected HOST:PORT, with --mesh.processes and --mesh.process"
+        ) from error
+
+
+def _join(coordinator: str, processes: int, process: int) -> None:
+    """All devices of this machine are this process's, whatever a cluster's environment says."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"--mesh.coordinator {coordinator}: expected HOST:PORT or auto")
+    if not 0 <= process < processes:
+        raise ValueError(
+            f"--mesh.process {process}: expected 0 to {processes - 1}, for there are "
+            f"{processes} processes"
+        )
+    jax.distributed.initialize(
+        coordinator, processes, process, cluster_detection_method="deactivate"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -318,12 +318,19 @@ def test_a_data_set_is_known_by_name(tmp_path):
     assert test[0]["patient"] == "hippocampus_002"
 
 
+def cluster(coordinator, processes, process):
+    values = {"coordinator": coordinator, "processes": processes, "process": process}
+    return tuple(part for name, value in values.items() for part in (f"--mesh.{name}", f"{value}"))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (("--mesh.fsdp", "3"), "fsdp 3 x tensor 1 = 3 devices, but there are 1"),
-        (("--mesh.process", "0"), "--mesh.processes and --mesh.process go with --mesh.coordinator"),
+        (("--mesh.process", "0"), "--mesh.processes and --mesh.process go with HOST:PORT"),
         (("--mesh.coordinator", "host:1"), "needs --mesh.processes and --mesh.process"),
+        (cluster("host", 2, 0), "--mesh.coordinator host: expected HOST:PORT or auto"),
+        (cluster("host:1", 2, 2), "--mesh.process 2: expected 0 to 1"),
         (("--dataset", "msd"), "give --images and --masks, or --dataset and --source"),
         (("--batch-size", "6", "--accumulate", "4"), "--batch-size 6 is no multiple of"),
         (("--resume", "--checkpoint-every", "0"), "--resume needs checkpoints"),

@@ -1,12 +1,17 @@
 """Runs in a process of its own: a small SAM trained on a mesh. Prints one line of JSON.
 
 curves DATA FSDP TENSOR METHOD,…           loss curves and bytes per device, by method
-run FOLDER STEPS SAVE DATA FSDP TENSOR [HOST:PORT COUNT INDEX]
-                                           through loader, loop and checkpoints; resumes
+run FOLDER STEPS DATA FSDP TENSOR [auto | HOST:PORT COUNT INDEX]
+                                           through loader, loop and checkpoints; resumes, and stops
+                                           after SIGTERM, which it sends itself after step
+                                           $PREEMPTED_AT
 """
 
 import json
+import os
+import signal
 import sys
+import time
 from functools import partial
 
 import jax
@@ -18,7 +23,7 @@ from experiments.options import Devices
 from samjax.data import make_loader
 from samjax.models.functional import init_params
 from samjax.peft.lora import LoraConfig
-from samjax.training.checkpoint import Checkpoints
+from samjax.training.checkpoint import Checkpoints, Preemption
 from samjax.training.loop import fit, make_step
 from samjax.training.sharding import (
     bytes_per_device,
@@ -92,12 +97,13 @@ def curve(method, mesh):
     return {"losses": losses, "bytes": held}
 
 
-def run(folder, steps, save, mesh):
+def run(folder, steps, mesh):
     tuning = tuning_of("lora", mesh)
     optimizer = optimizer_of(tuning)
     state = place_state(tuning.trainable, optimizer, mesh)
     losses, seen = [], []
-    with Checkpoints(folder, {"seed": 0}) as checkpoints:
+    preempted_at = int(os.environ.get("PREEMPTED_AT", 0))
+    with Checkpoints(folder, {"seed": 0}) as checkpoints, Preemption() as preemption:
         found = checkpoints.restore(state)
         if found is not None:
             state, extra = found
@@ -111,6 +117,13 @@ def run(folder, steps, save, mesh):
                 seen.append(batch["index"].tolist())
                 yield batch
 
+        def record(step, metrics):
+            losses.append(metrics["loss"])
+            if step == preempted_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if preempted_at and step >= preempted_at:
+                time.sleep(0.3)  # the processes agree beside their work
+
         fit(
             state,
             tuning.frozen,
@@ -120,9 +133,9 @@ def run(folder, steps, save, mesh):
             key=replicate(jax.random.key(0), mesh),
             arrays=ARRAYS,
             place=place,
-            on_step=lambda step, metrics: losses.append(metrics["loss"]),
+            on_step=record,
             save=lambda state: checkpoints.save(state, {"losses": losses, "seen": seen}),
-            save_due=lambda step: step == save,
+            stop=preemption.requested,
             progress=False,
         )
     return {"losses": losses, "seen": seen}
@@ -135,14 +148,12 @@ def main(mode, *arguments):
         data, fsdp, tensor = map(int, arguments[:3])
         mesh = make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
         return {method: curve(method, mesh) for method in arguments[3].split(",")}
-    folder, *numbers = arguments[:6]
-    steps, save, data, fsdp, tensor = map(int, numbers)
-    cluster = {}
-    if arguments[6:]:
-        address, count, index = arguments[6:]
-        cluster = {"coordinator": address, "processes": int(count), "process": int(index)}
+    folder, *numbers = arguments[:5]
+    steps, data, fsdp, tensor = map(int, numbers)
+    cluster = dict(zip(("coordinator", "processes", "process"), arguments[5:], strict=False))
+    cluster |= {name: int(cluster[name]) for name in ("processes", "process") if name in cluster}
     mesh = Devices(data=data, fsdp=fsdp, tensor=tensor, **cluster).start()
-    return run(folder, steps, save, mesh)
+    return run(folder, steps, mesh)
 
 
 if __name__ == "__main__":

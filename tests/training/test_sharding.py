@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from compiling import quick_environment
+from samjax.data.phantom import write_phantom_folder
 from samjax.models.functional import abstract_params
 from samjax.models.sam import vit_b
 from samjax.models.sam2_config import sam2
@@ -37,9 +39,11 @@ from samjax.training.sharding import (
 )
 from samjax.trees import flatten
 
+FINETUNE = ("-m", "experiments.finetune")
 RUN = Path(__file__).with_name("sharded_run.py")
 REPOSITORY = RUN.parents[2]
 METHODS = ("lora", "galore", "full")
+STEPS = 12  # of two processes
 EVERY = bool(os.environ.get("SAMJAX_EVERY_SIZE"))
 MESHES = {  # the methods that are tried on each; compiling them all takes seven minutes
     "1 1 1": METHODS if EVERY else ("lora", "galore"),
@@ -49,16 +53,23 @@ MESHES = {  # the methods that are tried on each; compiling them all takes seven
 }
 
 
-def start(*arguments, devices=8):
+def start(*arguments, devices=8, program=(RUN,), **variables):
     environment = {
         **quick_environment(),
         "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
         "PYTHONWARNINGS": "ignore",
+        **variables,
     }
-    command = [sys.executable, str(RUN), *map(str, arguments)]
+    command = [sys.executable, *map(str, (*program, *arguments))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def answer(process):
@@ -109,30 +120,77 @@ def test_parameters_and_optimizer_state_are_divided(runs):
 
 
 @pytest.mark.slow
-def test_two_processes_and_one_that_goes_on(tmp_path):
-    """Two processes of four devices give the curve of one with eight; a run that two began and one
-    ends sees the same batches in the same order."""
-    alone = answer(start("run", tmp_path / "alone", 6, 3, 2, 4, 1))
+def test_two_processes_are_preempted_and_one_goes_on(tmp_path):
+    """Two processes of four devices give the curve of one with eight; when SIGTERM comes to one,
+    both stop at the same step; one process goes on with the same batches in the same order.
 
-    def two(folder, steps):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        both = [
-            start("run", folder, steps, 3, 2, 4, 1, address, 2, index, devices=4)
-            for index in range(2)
-        ]
-        return [answer(process) for process in both]
-
-    first, second = two(tmp_path / "shared", 3)
-    np.testing.assert_allclose(first["losses"], alone["losses"][:3], rtol=1e-5)
+    One of the two is told where the other is, and one learns it from SLURM.
+    """
+    alone = answer(start("run", tmp_path / "alone", STEPS, 2, 4, 1))
+    port = free_port()
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "127.0.0.1,node[002-003]",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "1",
+        "JAX_COORDINATOR_PORT": port,
+    }
+    shared, mesh = tmp_path / "shared", (2, 4, 1)
+    both = [
+        start("run", shared, STEPS, *mesh, f"127.0.0.1:{port}", 2, 0, devices=4),
+        start("run", shared, STEPS, *mesh, "auto", devices=4, PREEMPTED_AT="2", **slurm),
+    ]
+    first, second = (answer(process) for process in both)
+    stopped = len(first["losses"])
+    assert 2 < stopped < STEPS
     assert first["losses"] == second["losses"]
+    np.testing.assert_allclose(first["losses"], alone["losses"][:stopped], rtol=1e-5)
     rows = [a + b for a, b in zip(first["seen"], second["seen"], strict=True)]
-    assert rows == alone["seen"][:3]
+    assert rows == alone["seen"][:stopped]
+    assert [path.name for path in shared.iterdir()] == [str(stopped)], "saved there, and complete"
 
-    after = answer(start("run", tmp_path / "shared", 6, 6, 1, 4, 1, devices=4))
-    assert after["seen"][3:] == alone["seen"][3:], "the next batches, each whole"
+    after = answer(start("run", shared, STEPS, 1, 4, 1, devices=4))
+    assert after["seen"][stopped:] == alone["seen"][stopped:], "the next batches, each whole"
     np.testing.assert_allclose(after["losses"], alone["losses"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_whole_command_by_two_processes(tmp_path):
+    """Fine-tuning, validation and scores: one process's, up to roundings; the first writes."""
+    write_phantom_folder(tmp_path, "colour", 8, size=(64, 64), seed=0, target="disc")
+    settings = {
+        "images": tmp_path / "images", "masks": tmp_path / "masks", "variant": "vit_xs",
+        "image-size": 64, "method": "full", "steps": 3, "batch-size": 4, "validate-every": 2,
+    }  # fmt: skip
+    given = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    command = partial(start, *given, "--no-progress", "--no-torch-export", program=FINETUNE)
+    address = f"127.0.0.1:{free_port()}"
+    cluster = ("--mesh.fsdp", 4, "--mesh.coordinator", address, "--mesh.processes", 2)
+    running = [
+        command("--out", tmp_path / "two", *cluster, "--mesh.process", index, devices=2)
+        for index in range(2)
+    ]
+    running.append(command("--out", tmp_path / "one", devices=1))
+    for process in running:
+        _, error = process.communicate(timeout=900)
+        assert process.returncode == 0, error[-3000:]
+    two, one = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one")
+    )
+    assert [entry.keys() for entry in two["history"]] == [e.keys() for e in one["history"]]
+    for here, there in zip(two["history"], one["history"], strict=True):
+        np.testing.assert_allclose(list(here.values()), list(there.values()), rtol=1e-5)
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        path.name for path in (tmp_path / "one").iterdir()
+    }
+
+
+def test_no_cluster_to_be_found(tmp_path):
+    process = start("run", tmp_path, 1, 1, 1, 1, "auto", devices=1)
+    _, error = process.communicate(timeout=900)
+    assert process.returncode == 1
+    assert "--mesh.coordinator auto: this is no job of SLURM, Open MPI, GKE or a TPU pod" in error
 
 
 @pytest.mark.parametrize(
