@@ -180,15 +180,15 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
 
 COLUMNS = (
     *("model", "method", "switches", "weights", "gradients", "state", "temporary", "planned"),
-    *("ours", "PyTorch", "time"),
+    *("ours", "PyTorch", "time", "PyTorch's time"),
 )
 LEGEND = """# Memory of a training step, batch {batch}, {device}
 
 By `python -m benchmarks.memory`; GB (10⁹ bytes).  Planned by XLA for our step: weights, gradients
 (were all there at once), optimizer state, temporary (activations, and the gradients that are alive
 together), and the peak.  Held at most by a process while it steps, beyond its imports: ours, and
-PyTorch's with Meta's modules, PEFT and galore-torch.  Time: CPU seconds of our step over those of
-full tuning without switches.
+PyTorch's with Meta's modules, PEFT and galore-torch.  Time: of a step, over that of our full tuning
+without switches; PyTorch's: over that of its own (CPU seconds of all cores on a CPU).
 """
 
 
@@ -207,12 +207,15 @@ def table(entries: list[dict[str, Any]]) -> str:
             plan.get(part) for part in ("weights", "gradients", "state", "temporary", "peak")
         ]
         held = [by_kind.get(kind, {}).get("peak") for kind in ("ours", "torch")]
-        full = found.get((row[0], "full", "none"), {}).get("ours")
-        ratio = ""
-        if full is not None and "ours" in by_kind:
-            ratio = f"{by_kind['ours']['step_seconds'] / full['step_seconds']:.2f}"
+        full = found.get((row[0], "full", "none"), {})
+        times = [
+            f"{by_kind[kind]['step_seconds'] / full[kind]['step_seconds']:.2f}"
+            if kind in by_kind and kind in full
+            else ""
+            for kind in ("ours", "torch")
+        ]
         numbers = ["" if value is None else f"{value / 1e9:.3f}" for value in (*planned, *held)]
-        lines.append(f"| {' | '.join((*row, *numbers, ratio))} |")
+        lines.append(f"| {' | '.join((*row, *numbers, *times))} |")
     return "\n".join(lines)
 
 
