@@ -44,19 +44,15 @@ class Devices:
         and as ``make_mesh`` does.  Where the others do not answer, JAX ends the process after five
         minutes, with a message of its own.
         """
-        given = (self.processes is not None, self.process is not None)
-        if self.coordinator in (None, "auto"):
-            if any(given):
-                raise ValueError("--mesh.processes and --mesh.process go with HOST:PORT")
-            if self.coordinator == "auto":
-                _join_cluster()
-        else:
-            if self.processes is None or self.process is None:
-                raise ValueError(
-                    f"--mesh.coordinator {self.coordinator} needs --mesh.processes and "
-                    "--mesh.process"
-                )
-            _join(self.coordinator, self.processes, self.process)
+        numbers = (self.processes, self.process)
+        if self.coordinator in (None, "auto") and numbers != (None, None):
+            raise ValueError(
+                "--mesh.processes and --mesh.process go with --mesh.coordinator HOST:PORT"
+            )
+        if self.coordinator == "auto":
+            _join_cluster()
+        elif self.coordinator is not None:
+            _join(self.coordinator, *numbers)
         return make_mesh(self.data, self.fsdp, self.tensor)
 
 
@@ -71,8 +67,12 @@ def _join_cluster() -> None:
         ) from error
 
 
-def _join(coordinator: str, processes: int, process: int) -> None:
+def _join(coordinator: str, processes: int | None, process: int | None) -> None:
     """All devices of this machine are this process's, whatever a cluster's environment says."""
+    if processes is None or process is None:
+        raise ValueError(
+            f"--mesh.coordinator {coordinator} needs --mesh.processes and --mesh.process"
+        )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(f"--mesh.coordinator {coordinator}: expected HOST:PORT or auto")

@@ -327,7 +327,7 @@ def cluster(coordinator, processes, process):
     ("more", "message"),
     [
         (("--mesh.fsdp", "3"), "fsdp 3 x tensor 1 = 3 devices, but there are 1"),
-        (("--mesh.process", "0"), "--mesh.processes and --mesh.process go with HOST:PORT"),
+        (("--mesh.process", "0"), "--mesh.processes and --mesh.process go with --mesh.coordinator"),
         (("--mesh.coordinator", "host:1"), "needs --mesh.processes and --mesh.process"),
         (cluster("host", 2, 0), "--mesh.coordinator host: expected HOST:PORT or auto"),
         (cluster("host:1", 2, 2), "--mesh.process 2: expected 0 to 1"),

@@ -122,7 +122,7 @@ def run(folder, steps, mesh):
             if step == preempted_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             if preempted_at and step >= preempted_at:
-                time.sleep(0.3)  # the processes agree beside their work
+                time.sleep(0.5)  # the processes agree beside their work
 
         fit(
             state,
@@ -150,8 +150,8 @@ def main(mode, *arguments):
         return {method: curve(method, mesh) for method in arguments[3].split(",")}
     folder, *numbers = arguments[:5]
     steps, data, fsdp, tensor = map(int, numbers)
-    cluster = dict(zip(("coordinator", "processes", "process"), arguments[5:], strict=False))
-    cluster |= {name: int(cluster[name]) for name in ("processes", "process") if name in cluster}
+    places = (("coordinator", str), ("processes", int), ("process", int))
+    cluster = {name: kind(v) for (name, kind), v in zip(places, arguments[5:], strict=False)}
     mesh = Devices(data=data, fsdp=fsdp, tensor=tensor, **cluster).start()
     return run(folder, steps, mesh)
 
